@@ -1,0 +1,168 @@
+"""Graph detectors against pygod: seconds and memory per epoch, motif counting, and AUC over seeds with the same hyper-parameters.
+
+    python -m benchmarks.detect.bond --data DIR --peer-python VENV/bin/python [--quick]
+
+DIR holds npz graphs (x, edge_index, y). The peer's environment has pygod==1.1.0 and torch-geometric (see peer_worker). Each memory figure is
+the growth of resident memory over what the process held before training.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.harness import Report, Row, arguments, compare, say
+from benchmarks.worker import Worker
+from wager.detect import bond
+from wager.detect.bond.metrics import eval_roc_auc, mean_interval
+from wager.detect.bond.motifs import motif_counts
+from wager.detect.tod import native
+
+WORKER = Path(__file__).with_name("peer_worker.py")
+CPUS = native.threads()  # OMP_NUM_THREADS limits both sides
+OURS: dict[str, Any] = {
+    "DOMINANT": (bond.DOMINANT, {}), "GAE": (bond.GAE, {"recon_s": True}), "CONAD": (bond.CONAD, {}), "DONE": (bond.DONE, {}),
+}  # fmt: skip
+PARITY: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "DOMINANT": (bond.DOMINANT, {}, {}),
+    "CONAD": (bond.CONAD, {}, {}),
+    "DONE": (bond.DONE, {}, {}),
+    "AdONE": (bond.AdONE, {}, {"pairing": "all"}),
+    "AnomalyDAE": (bond.AnomalyDAE, {"theta": 10.0, "eta": 5.0}, {}),
+    "GAAN": (bond.GAAN, {}, {"pairs": "rows"}),
+    "GUIDE": (bond.GUIDE, {}, {}),
+    "GAE": (bond.GAE, {}, {}),
+    "Radar": (bond.Radar, {}, {}),
+    "ANOMALOUS": (bond.ANOMALOUS, {}, {}),
+    "SCAN": (bond.SCAN, {}, {}),
+}
+MEMORY = """
+import sys, time
+from pathlib import Path
+from wager.detect import bond
+from wager.detect.bond import inject, runner
+name, source, epochs, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), eval(sys.argv[4])
+graph = inject.generated(int(source), 0, m=10, n=20) if source.isdigit() else bond.Graph.of(source)
+getattr(bond, name)(epoch=1, seed=0, **options).fit(inject.generated(100, 0))
+def held():
+    return next(int(l.split()[1]) * 1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmRSS"))
+before = held(); runner.reset_peak(); start = time.perf_counter()
+getattr(bond, name)(epoch=epochs, seed=0, **options).fit(graph)
+print(runner.peak_bytes() - before, runner.peak_bytes(), time.perf_counter() - start)
+"""
+
+
+def main() -> None:
+    parser = arguments("BOND's detectors against pygod.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of npz graphs")
+    parser.add_argument("--peer-python", required=True, help="interpreter of the environment with pygod")
+    parser.add_argument("--seeds", type=int, default=None, help="seeds of the parity runs (20; 3 with --quick)")
+    args = parser.parse_args()
+    torch.set_num_threads(CPUS)
+    large = "gen_1000" if args.quick else "enron"
+    epochs, repeats = (2, 2) if args.quick else (5, args.repeats or 3)
+    with Worker([args.peer_python, str(WORKER)], log=Path("pygod_worker.log")) as peer:
+        rows, memory = training(peer, args.data / f"{large}.npz", epochs, repeats)
+        rows += motifs(peer, args.data, ("gen_100",) if args.quick else ("inj_cora", "gen_1000"), repeats)
+        sets = ("disney",) if args.quick else ("disney", "books", "inj_cora")
+        agreement = parity(peer, args.data, sets, args.seeds or (3 if args.quick else 20), 10 if args.quick else 100)
+    memory["DOMINANT 100000 nodes peak_bytes"] = alone("DOMINANT", "5000" if args.quick else "100000", 2, {})[1]
+    report = Report("detect", "bond", rows, {"memory": memory, "parity": agreement})
+    print(report.table())
+    print(*(f"{k}: {v}" for part in (memory, agreement) for k, v in part.items()), sep="\n")
+    if not args.quick:
+        print(f"written: {report.save()}")
+
+
+def training(peer: Worker, path: Path, epochs: int, repeats: int) -> tuple[list[Row], dict[str, Any]]:
+    """Seconds of training and growth of memory, detector by detector."""
+    graph, rows, memory = bond.Graph.of(path), [], {}
+    peer.call("load_graph", path=str(path))
+    for name, (kind, options) in OURS.items():
+        say(f"{name} on {path.stem}")
+        theirs_bytes: list[int] = []
+
+        def theirs(name: str = name, options: dict = options, seen: list = theirs_bytes) -> float:
+            found = peer.call("train", name=name, config={"epoch": epochs, **options}, seed=0, threads=CPUS)
+            seen.append(found["peak_bytes"])
+            return found["seconds"]
+
+        def ours(kind: Any = kind, options: dict = options) -> None:
+            kind(epoch=epochs, seed=0, **options).fit(graph)
+
+        rows += compare(
+            f"{name}, {path.stem}, {epochs} epochs", {"pygod": theirs, "wager": ours}, repeats=repeats, warmup=1
+        )
+        mine = alone(name, str(path), epochs, options)[0]
+        memory[f"{name} pygod_bytes"], memory[f"{name} wager_bytes"] = max(theirs_bytes), mine
+        memory[f"{name} ratio"] = max(theirs_bytes) / max(mine, 1)
+    return rows, memory
+
+
+def alone(name: str, source: str, epochs: int, options: dict[str, Any]) -> tuple[float, float, float]:
+    """Growth of memory, peak and seconds of a training in a fresh process."""
+    command = [sys.executable, "-c", MEMORY, name, source, str(epochs), repr(options)]
+    grown, peak, seconds = map(
+        float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    )
+    return grown, peak, seconds
+
+
+def motifs(peer: Worker, data: Path, names: tuple[str, ...], repeats: int) -> list[Row]:
+    rows = []
+    for name in names:
+        graph = bond.Graph.of(data / f"{name}.npz")
+        peer.call("load_graph", path=str(data / f"{name}.npz"))
+        say(f"motifs of {name}")
+
+        def ours(graph: bond.Graph = graph) -> None:
+            motif_counts(bond.Graph(graph.x, graph.edge_index), CPUS)
+
+        rows += compare(
+            f"motif counts, {name}", {"pygod": lambda: peer.call("motifs"), "wager": ours}, repeats=repeats, warmup=1
+        )
+    return rows
+
+
+def parity(peer: Worker, data: Path, names: tuple[str, ...], seeds: int, epochs: int) -> dict[str, str]:
+    """Mean AUC over seeds, both with a 95 % interval, same hyper-parameters; `agree` where the intervals meet."""
+    found = {}
+    for name in names:
+        graph = bond.Graph.of(data / f"{name}.npz")
+        assert graph.y is not None
+        y = graph.y.numpy() > 0
+        peer.call("load_graph", path=str(data / f"{name}.npz"))
+        for detector, (kind, shared, own) in PARITY.items():
+            say(f"parity: {detector} on {name}")
+            learning = {} if detector == "SCAN" else {"epoch": epochs}
+            both: list[list[float]] = [[], []]
+            for seed in range(1 if detector == "SCAN" else seeds):
+                seeded = {} if detector == "SCAN" else {"seed": seed}
+                ours = kind(**learning, **shared, **own, **seeded).fit(graph).decision_score_.numpy()
+                theirs = np.array(
+                    peer.call("train", name=detector, config=learning | shared, seed=seed, threads=CPUS)["scores"]
+                )
+                for values, score in zip(both, (ours, theirs), strict=True):
+                    if np.isfinite(score).all():
+                        values.append(eval_roc_auc(y, score))
+            found[f"{name} {detector}"] = verdict(*map(np.array, both))
+    return found
+
+
+def verdict(ours: np.ndarray, theirs: np.ndarray) -> str:
+    if not len(ours) or not len(theirs):
+        return f"ours {len(ours)} finite runs, pygod {len(theirs)}"
+    (a, b), (c, d) = mean_interval(ours), mean_interval(theirs)
+    agree = (
+        "agree" if (len(ours) == 1 and ours[0] == theirs[0]) or (max(a, c) <= min(b, d) and len(ours) > 1) else "differ"
+    )
+    return f"{agree}: ours {ours.mean():.4f}±{ours.std():.4f}, pygod {theirs.mean():.4f}±{theirs.std():.4f}"
+
+
+if __name__ == "__main__":
+    main()

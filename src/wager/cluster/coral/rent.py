@@ -1,0 +1,115 @@
+"""From models.toml and offers.csv to what to rent.
+
+models.toml has [[model]] with name, layers, hidden, layer_gb, kv_bytes (per token and layer), and for each phase served an objective and a
+demand: prefill_ms, prefill_tokens_per_s, decode_ms, decode_tokens_per_s; `roofline` has flops_efficiency, read_efficiency, fixed_s as fitted on
+measured machines. offers.csv has region,device,count,usd_per_h,available; devices are those of the catalog.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from wager.cluster.coral.allocate import Allocation, Allocator, Market, check
+from wager.cluster.coral.stage import PHASES, Configuration, Demand, throughput_table
+from wager.cluster.coral.templates import Library, build, split
+from wager.errors import UsageError
+from wager.hardware import catalog
+from wager.hardware.cluster import Link
+from wager.hardware.layer_cost import ModelCard, Roofline
+
+
+def read_demands(raw: Mapping[str, Any]) -> tuple[list[Demand], Roofline]:
+    """Raises UsageError naming the model and the key that is wrong."""
+    demands = []
+    for m in raw.get("model", []):
+        try:
+            card = ModelCard(
+                m["name"],
+                m["layers"],
+                m["hidden"],
+                m["layer_gb"] * 1e9,
+                m["kv_bytes"],
+                m.get("active_layer_gb", 0.0) * 1e9,
+            )
+            for phase in PHASES:
+                if f"{phase}_tokens_per_s" in m:
+                    demands.append(Demand(
+                        card, phase, m[f"{phase}_ms"] / 1e3, m[f"{phase}_tokens_per_s"],
+                        m.get("prompt_tokens", 1000), m.get("context_tokens", 1200),
+                    ))  # fmt: skip
+        except KeyError as error:
+            raise UsageError(f"model {m.get('name', '?')} in the demand file lacks {error}") from None
+    if not demands or "roofline" not in raw:
+        raise UsageError("the demand file needs [[model]] entries with a demand, and [roofline] efficiencies")
+    return demands, Roofline(**raw["roofline"])
+
+
+def read_market(rows: Sequence[Mapping[str, str]]) -> Market:
+    devices = catalog.load()
+    try:
+        regions = tuple(dict.fromkeys(r["region"] for r in rows))
+        shapes = tuple(dict.fromkeys((r["device"], int(r["count"])) for r in rows))
+        stock, price = np.zeros((len(regions), len(shapes))), np.full((len(regions), len(shapes)), 1e9)
+        for r in rows:
+            at = regions.index(r["region"]), shapes.index((r["device"], int(r["count"])))
+            stock[at], price[at] = int(r["available"]), float(r["usd_per_h"])
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"the offers need region,device,count,usd_per_h,available: {error!r}") from None
+    return Market(regions, tuple(Configuration(devices.device(d), n) for d, n in shapes), stock, price)
+
+
+def plan_rent(raw: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> tuple[list[str], list[str]]:
+    """(lines of the plan file, lines for a person)."""
+    (demands, roofline), market = read_demands(raw), read_market(rows)
+    link = Link(raw.get("link_gb_per_s", 1.25) * 1e9, raw.get("link_latency_ms", 1.0) / 1e3)
+    tables = [_tables(d, market, roofline, link) for d in demands]
+    libraries = [
+        build(d, market.configurations, t, raw.get("max_nodes", 3)) for d, t in zip(demands, tables, strict=True)
+    ]
+    found = Allocator(libraries, market, raw.get("start_up_share", 0.0)).allocate()
+    check(found, libraries, market)
+    lines = [
+        f"{found.usd_per_h:.2f} USD/h for {found.factor:.1%} of the demands; no plan costs less than {found.bound:.2f} (gap {found.gap:.2%}, "
+        f"{found.columns} columns, {found.seconds:.1f} s)",
+        *(
+            f"one more {name} in {region} would save {worth:.2f} USD/h"
+            for (region, name), worth in found.scarcity.items()
+        ),
+    ]
+    return _file(found, libraries, market, tables), lines
+
+
+def _tables(demand: Demand, market: Market, roofline: Roofline, link: Link):
+    known: dict[int, np.ndarray] = {}
+
+    def table(stages: int) -> np.ndarray:
+        if stages not in known:
+            known[stages] = throughput_table(demand, market.configurations, stages, roofline, link)
+        return known[stages]
+
+    return table
+
+
+def _file(found: Allocation, libraries: Sequence[Library], market: Market, tables: Sequence[Any]) -> list[str]:
+    lines = [f"usd_per_h = {found.usd_per_h!r}", f"bound = {found.bound!r}", f"factor = {found.factor!r}"]
+    for (d, r, u), replicas in sorted(found.running.items()):
+        lines += [
+            "",
+            "[[replicas]]",
+            f'model = "{libraries[d].demand.model.name}"',
+            f'phase = "{libraries[d].demand.phase}"',
+        ]
+        lines += [
+            f'region = "{market.regions[r]}"',
+            f"count = {replicas}",
+            f"tokens_per_s = {float(libraries[d].rates_U[u])!r}",
+            "stages = [",
+        ]
+        for machines, layers in split(libraries[d], u, tables[d]):
+            names = ", ".join(f'"{market.configurations[c].name}"' for c in machines)
+            lines.append(f"  {{ layers = {layers}, machines = [{names}] }},")
+        lines.append("]")
+    return lines

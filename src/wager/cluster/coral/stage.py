@@ -1,0 +1,100 @@
+"""What one machine serves as one stage: tokens/s with j layers when a stage may take a share of the latency objective.
+
+Prefill takes the largest batch of whole prompts that ends in time; decode the largest batch whose step ends in time and whose KV fits beside
+the weights. With S stages there are S batches in flight and their KV lies on every stage. The budget of a stage is the objective over S, less
+the hop to the next stage. Throughput never rises with the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from wager.errors import UsageError
+from wager.hardware.cluster import Device, Link
+from wager.hardware.layer_cost import ModelCard, Roofline
+
+PHASES = ("prefill", "decode")
+USABLE_MEMORY = 0.9
+BATCHES = tuple(dict.fromkeys(int(round(b)) for b in np.geomspace(1, 1024, 41)))
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """An instance shape: `count` equal devices that compute one layer together."""
+
+    device: Device
+    count: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.count}x{self.device.name}"
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.device.memory_bytes * self.count
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A model in one phase: tokens/s wanted, each stage batch within `objective_s` over all stages. `prompt_tokens` is a request's mean
+    prompt, `context_tokens` what a decoding sequence looks back on."""
+
+    model: ModelCard
+    phase: str
+    objective_s: float
+    tokens_per_s: float
+    prompt_tokens: int = 1000
+    context_tokens: int = 1200
+
+    def __post_init__(self):
+        if self.phase not in PHASES or self.objective_s <= 0 or self.tokens_per_s < 0:
+            raise UsageError(
+                f"demand {self.name}: phase must be {' or '.join(PHASES)}, the objective positive, the rate not negative"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name}/{self.phase}"
+
+
+def stage_throughput(
+    demand: Demand, configuration: Configuration, stages: int, roofline: Roofline, link: Link
+) -> np.ndarray:
+    """[L + 1] tokens/s by layers held (index 0 is 0); 0 where the layers do not fit or cannot be in time."""
+    model = demand.model
+    layers = np.arange(1, model.layers + 1)
+    sizes, seconds, batches_B = _batches(demand, configuration, roofline)
+    hop_B = np.zeros(len(sizes)) if stages == 1 else link.latency_s + sizes * model.activation_bytes / link.bytes_per_s
+    time_LB = layers[:, None] * seconds[None, :]
+    in_time_LB = time_LB + hop_B[None, :] <= demand.objective_s / stages
+    room_L = configuration.memory_bytes * USABLE_MEMORY - layers * model.layer_bytes
+    held = batches_B * (demand.context_tokens if demand.phase == "decode" else demand.prompt_tokens) * stages
+    fits_LB = layers[:, None] * held[None, :] * model.kv_bytes <= room_L[:, None]
+    rate_LB = np.where(in_time_LB & fits_LB, sizes[None, :] / time_LB, 0.0)
+    best_L = rate_LB.max(1)
+    # a machine with room for j layers may also use fewer: never more throughput with more layers
+    return np.concatenate([[0.0], np.maximum.accumulate(best_L[::-1])[::-1]])
+
+
+def _batches(
+    demand: Demand, configuration: Configuration, roofline: Roofline
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens of a batch, seconds of one layer, requests in the batch) for each batch size."""
+    requests = np.array(BATCHES, float)
+    device, count, model = configuration.device, configuration.count, demand.model
+    if demand.phase == "prefill":
+        tokens = requests * demand.prompt_tokens
+        seconds = np.array([roofline.prompt_s(t, model, device, count) for t in tokens])
+        return tokens, seconds, requests
+    seconds = np.array([roofline.decode_s(b, demand.context_tokens, model, device, count) for b in requests])
+    return requests, seconds, requests
+
+
+def throughput_table(
+    demand: Demand, configurations: Sequence[Configuration], stages: int, roofline: Roofline, link: Link
+) -> np.ndarray:
+    """[C, L + 1] of `stage_throughput`."""
+    return np.stack([stage_throughput(demand, c, stages, roofline, link) for c in configurations])

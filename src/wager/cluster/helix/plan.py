@@ -1,0 +1,195 @@
+"""From a cluster and a load to a placement that serves best: candidates from the cover program under several hop limits and from the
+baselines, profiles made consistent with each placement, the winner picked by simulation on requests set aside for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from wager.cluster.helix import baselines
+from wager.cluster.helix.cover import Cover, solve_cover, window_counts
+from wager.cluster.helix.flow import Flow, Placement, solve_flow, stripped, upper_bound, verify
+from wager.cluster.helix.profile import Load, Throughput, placed_throughput, typical_throughput
+from wager.cluster.helix.refine import refine
+from wager.cluster.helix.route import FlowRouter
+from wager.errors import WagerError
+from wager.hardware.cluster import Cluster
+from wager.hardware.layer_cost import MachineProfile, ModelCard
+from wager.simulate.nodes import NodeModel, copy_overhead_s
+from wager.simulate.pipeline import Simulator
+from wager.simulate.timeline import Timeline
+from wager.simulate.trace import Arrival
+
+MAX_PROMPT = 2048
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A placement with its flow under T(k) of a typical load, and what it served in simulation."""
+
+    name: str
+    placement: Placement
+    flow: Flow
+    decode_tokens_per_s: float = 0.0
+    summary: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HelixPlan:
+    """The winner first. `bound`: proven upper bound of the placement model; `gap`: of the best flow found, which need not be the winner's."""
+
+    candidates: tuple[Candidate, ...]
+    bound: float
+    throughput: Throughput
+
+    @property
+    def best(self) -> Candidate:
+        return self.candidates[0]
+
+    @property
+    def gap(self) -> float:
+        return 1 - max(c.flow.value for c in self.candidates) / self.bound
+
+
+def node_models(
+    cluster: Cluster, model: ModelCard, profiles: Mapping[str, MachineProfile], placement: Placement
+) -> list[NodeModel]:
+    """The simulator's machines for a placement."""
+    nodes = []
+    for n in cluster.nodes:
+        if n.name not in placement:
+            continue
+        (start, end), profile = placement[n.name], profiles[n.machine]
+        k = end - start
+        prompts, decodes = profile.prompt_requests[k], profile.decode_tokens[k]
+        nodes.append(
+            NodeModel(
+                n.name, start, end,
+                tuple(profile.prompt.upto(prompts * MAX_PROMPT)), tuple(profile.decode.upto(max(decodes, 2))),
+                profile.kv_blocks[k], prompts, prompts * MAX_PROMPT, decodes,
+                copy_overhead_s(model.activation_bytes), n.usd_per_h, n.machine,
+            )
+        )  # fmt: skip
+    return nodes
+
+
+def simulate_placement(
+    cluster: Cluster,
+    model: ModelCard,
+    profiles: Mapping[str, MachineProfile],
+    placement: Placement,
+    flow: Flow,
+    arrivals: Sequence[Arrival],
+    until_s: float,
+    load: Load,
+    selector: str = "maxflow",
+    keep_busy: bool = False,
+    rng: np.random.Generator | None = None,
+) -> Timeline:
+    """Serve `arrivals` on the placement. Arrivals at time 0 make the offline case: the router holds them back until KV is free."""
+    placement = stripped(placement, flow)
+    router = FlowRouter(flow, placement, load.output_tokens, selector, rng=rng)
+    nodes = node_models(cluster, model, profiles, placement)
+    return Simulator(
+        nodes, cluster.link, model.layers, model.activation_bytes, router, arrivals, keep_busy=keep_busy
+    ).run(until_s)
+
+
+def candidates(
+    cluster: Cluster,
+    model: ModelCard,
+    profiles: Mapping[str, MachineProfile],
+    throughput: Throughput,
+    load: Load,
+    hop_limits: Sequence[int],
+    time_limit_s: float,
+    rng: np.random.Generator,
+) -> tuple[list[Candidate], float]:
+    """Placements worth simulating, and the proven bound of the placement model."""
+    found: list[Candidate] = []
+    bound = upper_bound(cluster, throughput, model.layers)
+
+    def consider(name: str, placement: Placement, judged_by: Throughput = throughput) -> None:
+        flow = solve_flow(cluster, model, judged_by, placement)
+        if flow.value > 0 and all(placement != c.placement for c in found):
+            verify(cluster, model, judged_by, placement, flow, partial=True)
+            found.append(Candidate(name, placement, flow))
+
+    def cover(limit: int | None, judged_by: Throughput) -> Cover | None:
+        try:
+            return solve_cover(cluster, judged_by, model.layers, limit, time_limit_s)
+        except WagerError:
+            return None  # too few hops for this cluster
+
+    for limit in (None, *hop_limits):
+        best = cover(limit, throughput)
+        if best is None:
+            continue
+        name = "cover" if limit is None else f"cover, {limit} hops"
+        bound = min(bound, best.bound) if limit is None else bound
+        consider(name, best.placement)
+        consistent = placed_throughput(model, profiles, window_counts(cluster, best.placement), load)
+        again = cover(limit, consistent)
+        if again is not None:
+            consider(f"{name}, consistent profile", again.placement, consistent)
+    others = {
+        "swarm": lambda: baselines.swarm(cluster, throughput, model.layers),
+        "petals": lambda: baselines.petals(cluster, throughput, model.layers, rng),
+        "separate": lambda: baselines.separate(cluster, throughput, model.layers),
+        "separate plus": lambda: baselines.separate(cluster, throughput, model.layers, mix_leftovers=True),
+    }
+    for name, make in others.items():
+        try:
+            consider(name, make())
+        except WagerError:
+            continue  # this baseline has no placement here
+    return found, bound
+
+
+def plan(
+    cluster: Cluster,
+    model: ModelCard,
+    profiles: Mapping[str, MachineProfile],
+    arrivals: Sequence[Arrival],
+    rng: np.random.Generator,
+    load: Load | None = None,
+    hop_limits: Sequence[int] = (8, 10, 12, 13, 14, 16),
+    simulate_s: float = 300.0,
+    warm_up_s: float = 60.0,
+    time_limit_s: float = 10.0,
+    refine_tries: int = 0,
+) -> HelixPlan:
+    """Propose, price by simulation, keep the best, and improve that one by up to `refine_tries` further simulations. Raises WagerError when nothing can serve the model."""
+    load = load or Load()
+    throughput = typical_throughput(model, profiles, cluster.counts, load)
+    found, bound = candidates(cluster, model, profiles, throughput, load, hop_limits, time_limit_s, rng)
+    if not found:
+        raise WagerError(
+            f"no placement of {model.name} on these machines and links carries any tokens; add machines or links"
+        )
+    priced = []
+    for c in found:
+        timeline = simulate_placement(cluster, model, profiles, c.placement, c.flow, arrivals, simulate_s, load)
+        priced.append(
+            Candidate(c.name, c.placement, c.flow, timeline.decode_tokens_per_s(warm_up_s), timeline.summary(warm_up_s))
+        )
+    priced.sort(key=lambda c: -c.decode_tokens_per_s)
+    if refine_tries:
+
+        def serve(placement: Placement) -> Candidate:
+            flow = solve_flow(cluster, model, throughput, placement)
+            if flow.value <= 0:
+                return Candidate("nothing", placement, flow)
+            timeline = simulate_placement(cluster, model, profiles, placement, flow, arrivals, simulate_s, load)
+            rate = timeline.decode_tokens_per_s(warm_up_s)
+            return Candidate(f"{priced[0].name}, refined", placement, flow, rate, timeline.summary(warm_up_s))
+
+        most = {n.name: max(throughput[n.machine]) for n in cluster.nodes}
+        better, _ = refine(
+            priced[0].placement, most, model.layers, lambda p: serve(p).decode_tokens_per_s, refine_tries, rng
+        )
+        if better != priced[0].placement:
+            priced = sorted([serve(better), *priced], key=lambda c: -c.decode_tokens_per_s)
+    return HelixPlan(tuple(priced), bound, throughput)

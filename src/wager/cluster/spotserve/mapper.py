@@ -1,0 +1,96 @@
+"""Which device takes which place in the new layout, so that most of what it holds stays where it is.
+
+A place (d, p, m) needs the layers of stage p and the share [m / M, (m + 1) / M) of each, and the KV of the requests that pipeline d inherits.
+A device that held another place has some of that. The assignment with the most bytes in place is a maximum-weight matching (Kuhn-Munkres).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from wager.cluster.spotserve.latency import Layout
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Pipeline, stage, shard."""
+
+    data: int
+    stage: int
+    shard: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one layer's weights, and of one layer's KV for the requests of old pipeline d (`kv_bytes[d]`)."""
+
+    layers: int
+    layer_bytes: float
+    kv_bytes: Mapping[int, float]
+
+
+def places(layout: Layout) -> list[Place]:
+    return [Place(d, p, m) for d in range(layout.data) for p in range(layout.pipeline) for m in range(layout.tensor)]
+
+
+def stage_layers(layout: Layout, stage: int, layers: int) -> tuple[int, int]:
+    """[first, last) of a stage: as equal as whole layers allow."""
+    return stage * layers // layout.pipeline, (stage + 1) * layers // layout.pipeline
+
+
+def shared_layers(old: Layout, old_place: Place, new: Layout, new_place: Place, layers: int) -> range:
+    (a, b), (c, d) = stage_layers(old, old_place.stage, layers), stage_layers(new, new_place.stage, layers)
+    return range(max(a, c), max(min(b, d), max(a, c)))
+
+
+def shared_shard(old: Layout, old_place: Place, new: Layout, new_place: Place) -> float:
+    """The common share of a layer's tensors."""
+    low = max(old_place.shard / old.tensor, new_place.shard / new.tensor)
+    high = min((old_place.shard + 1) / old.tensor, (new_place.shard + 1) / new.tensor)
+    return max(0.0, high - low)
+
+
+def reusable_bytes(
+    old: Layout, old_place: Place, new: Layout, new_place: Place, sizes: Sizes, heir_of: Mapping[int, int]
+) -> float:
+    """What a device at `old_place` already has of what `new_place` needs. heir_of: new pipeline -> old pipeline whose requests it gets."""
+    common = len(shared_layers(old, old_place, new, new_place, sizes.layers)) * shared_shard(
+        old, old_place, new, new_place
+    )
+    bytes_each = sizes.layer_bytes
+    if heir_of.get(new_place.data) == old_place.data:
+        bytes_each += sizes.kv_bytes.get(old_place.data, 0.0)
+    return common * bytes_each
+
+
+def inherit(old_batches: Mapping[int, Sequence[int]], new: Layout) -> dict[int, int]:
+    """new pipeline -> old pipeline: the batches with most decoded tokens survive when there are fewer pipelines. `old_batches[d]`: the
+    tokens decoded so far of each request of pipeline d."""
+    by_progress = sorted((d for d, batch in old_batches.items() if batch), key=lambda d: (-sum(old_batches[d]), d))
+    kept = by_progress[: new.data]
+    stay = {d: d for d in kept if d < new.data}  # a pipeline keeps its number where it can
+    free = [d for d in range(new.data) if d not in stay]
+    return stay | dict(zip(free, (d for d in kept if d not in stay.values()), strict=False))
+
+
+def assign(
+    old: Layout | None,
+    held: Mapping[str, Place],
+    devices: Sequence[str],
+    new: Layout,
+    sizes: Sizes,
+    heir_of: Mapping[int, int],
+) -> dict[str, Place]:
+    """Device -> place with the most reusable bytes in all. `held`: places of the devices that are still there; others are new or idle."""
+    goals = places(new)
+    weight = np.zeros((len(devices), len(goals)))
+    if old is not None:
+        for i, device in enumerate(devices):
+            if device in held:
+                weight[i] = [reusable_bytes(old, held[device], new, goal, sizes, heir_of) for goal in goals]
+    rows, columns = linear_sum_assignment(weight, maximize=True)
+    return {devices[int(i)]: goals[int(j)] for i, j in zip(rows, columns, strict=True)}

@@ -1,0 +1,301 @@
+"""`wager.compile(function, example_inputs)`: something faster that is proved or bounded to compute the same, or the original and why.
+
+`search="prism"` (symbolic) and `"mirage"` (concrete) look for one fused kernel of a small program; `"ollie"` derives the convolutions and
+constant products of a network; `"auto"` takes OLLIE for programs with convolutions and Prism for the rest. The result is used only if it
+is measured faster than the original on the example inputs and lies within the accumulation-aware error bound. Parameters of a module are
+frozen. Sources: arXiv 2208.02025, 2405.05751, 2604.15272.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wager.compile.mirage import search as mirage_search
+from wager.compile.mirage.generate import Limits, Progress
+from wager.compile.mirage.tune import race
+from wager.compile.ollie.network import optimize
+from wager.compile.prism import search as prism_search
+from wager.errors import UsageError
+from wager.graph.domains import NotInDomain
+from wager.graph.draw import svg
+from wager.graph.execute import Executable
+from wager.graph.operators import BINARY, UNARY
+from wager.graph.program import Builder, Program, from_json, to_json
+from wager.graph.timer import time_together
+from wager.graph.trace import Traced, trace
+from wager.graph.verify.family import prove
+from wager.graph.verify.finite_field import verify
+from wager.graph.verify.floating import compare
+
+log = logging.getLogger(__name__)
+SEARCHES = ("auto", "ollie", "mirage", "prism")
+FUSABLE = UNARY | BINARY | {"matmul", "sum", "rms_norm", "input", "const"}
+
+
+@dataclass
+class Report:
+    """What a compilation did. `reason` says why the original is kept, or what proves the replacement."""
+
+    search: str
+    used: str
+    reason: str
+    original_ms: float
+    compiled_ms: float
+    noise: float
+    seconds: float
+    counters: dict[str, Any] = field(default_factory=dict)
+    details: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        ratio = self.original_ms / self.compiled_ms if self.compiled_ms else 1.0
+        lines = [
+            f"{self.used}: {ratio:.2f}x ({self.original_ms:.3f} -> {self.compiled_ms:.3f} ms, noise {self.noise:.1%})",
+            self.reason,
+        ]
+        lines += [f"{name}: {value}" for name, value in self.counters.items()]
+        return "\n".join([*lines, *self.details])
+
+
+class Compiled:
+    """A callable that takes the original's inputs. Falls back to the original for gradients, other devices and other types."""
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        traced: Traced,
+        run: Callable[..., list[Tensor]] | None,
+        program: Program,
+        report: Report,
+    ):
+        self.original, self.traced, self.run, self.program, self._report = original, traced, run, program, report
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self.run is None or not all(_served(x) for x in inputs):
+            return self.original(*inputs)
+        with torch.no_grad():
+            outputs = self.run(*inputs)
+        return outputs[0] if self.traced.single_output else tuple(outputs)
+
+    def report(self) -> Report:
+        return self._report
+
+    def save(self, path: str | Path) -> None:
+        """The program (with kernel graphs) and the report as JSON; constants are not part of it."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps({"program": json.loads(to_json(self.program)), "report": asdict(self._report)}))
+        temporary.replace(path)
+
+    def draw(self, path: str | Path) -> None:
+        """Both levels as an SVG picture."""
+        Path(path).write_text(svg(self.program))
+
+
+def _served(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def compile(
+    function: Callable[..., Any] | nn.Module,
+    example_inputs: Sequence[Tensor],
+    *,
+    search: str = "auto",
+    time_budget_s: float = 60.0,
+    max_block_ops: int = 11,
+    samples: int = 12,
+    progress: Callable[[str], None] | None = None,
+) -> Compiled:
+    """The fastest verified form found within the budget. Raises UsageError for an unknown search or a function that cannot be imported.
+
+    `max_block_ops` bounds Mirage's and Prism's block graphs; `samples` is how many members are compiled and timed.
+    """
+    if search not in SEARCHES:
+        raise UsageError(f"search {search!r} is unknown; use one of {', '.join(SEARCHES)}")
+    if time_budget_s <= 0:
+        raise UsageError(f"time_budget_s is {time_budget_s}; give a positive number of seconds")
+    bad = next(
+        (x for x in example_inputs if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu"),
+        None,
+    )
+    if bad is not None:
+        raise UsageError(
+            f"example input of type {getattr(bad, 'dtype', type(bad).__name__)}: compiled programs take float32 CPU tensors"
+        )
+    start = time.perf_counter()
+    traced = freeze(trace(function, example_inputs))
+    if search == "auto":
+        search = "ollie" if any(n.op == "conv" for n in traced.program.nodes) else "prism"
+    if search == "ollie":
+        run, program, report = _ollie(traced, time_budget_s, progress)
+    else:
+        run, program, report = _superoptimize(
+            traced, example_inputs, search, time_budget_s, max_block_ops, samples, progress
+        )
+    compiled = Compiled(function, traced, run, program, report)
+    _judge(compiled, example_inputs)
+    report.seconds = time.perf_counter() - start
+    return compiled
+
+
+def freeze(traced: Traced) -> Traced:
+    """Values that depend on constants alone become constants of their own (a transposed weight is stored transposed)."""
+    executable = Executable(traced.program, traced.constants)
+    program, known = executable.program, executable.values
+    build, place = Builder(), {}
+    constants: dict[str, Tensor] = {}
+    for i, node in enumerate(program.nodes):
+        if known[i] is None:
+            place[i] = (
+                build.input(node.shape, node["name"])
+                if node.op == "input"
+                else build.add(
+                    node.op, [_placed(j, place, known, build, constants) for j in node.inputs], **dict(node.attrs)
+                )
+            )
+    outputs = [_placed(j, place, known, build, constants) for j in program.outputs]
+    return Traced(build.build(*outputs), constants, traced.user_inputs, traced.single_output)
+
+
+def _placed(j: int, place: dict[int, int], known: Sequence[Any], build: Builder, constants: dict[str, Tensor]) -> int:
+    if j not in place:
+        name = f"constant{len(constants)}"
+        constants[name] = known[j].float().contiguous()
+        place[j] = build.input(tuple(known[j].shape), name)
+    return place[j]
+
+
+def _ollie(traced: Traced, budget_s: float, progress: Callable[[str], None] | None) -> tuple[Any, Program, Report]:
+    network = optimize(traced.program, traced.constants, budget_s=budget_s, progress=progress)
+    derived = sum(c.chosen.startswith("derived") for c in network.choices)
+    details = [
+        f"{c.operator}: {c.chosen} ({c.baseline_ms:.3f} -> {c.chosen_ms:.3f} ms)"
+        + (f", stopped by {c.limit}" if c.limit else "")
+        for c in network.choices
+    ]
+    counters = {"operators": len(network.choices), "derived": derived, "states": sum(c.states for c in network.choices)}
+    reason = (
+        "derived step by step by exact rules; candidates evaluated against the original on integers"
+        if network.choices
+        else "no convolution or constant product to derive"
+    )
+    report = Report("ollie", "ollie", reason, 0.0, 0.0, 0.0, 0.0, counters, details)
+    return network.executable if network.choices else None, traced.program, report
+
+
+def _superoptimize(
+    traced: Traced,
+    inputs: Sequence[Tensor],
+    search: str,
+    budget_s: float,
+    max_block_ops: int,
+    samples: int,
+    say: Callable[[str], None] | None,
+) -> tuple[Any, Program, Report]:
+    program = traced.program
+    report = Report(search, "original", "", 0.0, 0.0, 0.0, 0.0)
+    strange = sorted({n.op for n in program.nodes} - FUSABLE)
+    if strange or len(program.outputs) != 1:
+        what = f"operators {', '.join(strange)}" if strange else f"{len(program.outputs)} outputs"
+        report.reason = f"{what} cannot enter a fused kernel; the original is kept"
+        return None, program, report
+    listener = (lambda p: say(f"{p.states} states, {p.pruned} pruned, {p.verified} verified")) if say else None
+    limits = Limits(max_block_ops=max_block_ops, budget_s=budget_s)
+    counters = Progress(listener=listener)
+    if search == "prism":
+        found = prism_search.search(program, limits, counters)
+        programs = prism_search.members(found.families, program, torch.get_num_threads())
+        report.details = [found.families[0].explain()] if found.families else []
+    else:
+        concrete = mirage_search.search(program, limits, counters, least_blocks=torch.get_num_threads())
+        programs = concrete.programs
+    report.counters = {k: v for k, v in vars(counters).items() if isinstance(v, int) and not isinstance(v, bool)}
+    if not programs:
+        stopped = counters.limit or f"max_block_ops {max_block_ops}: no graph of that size computes the function"
+        report.reason = f"0 graphs found ({stopped}); the original is kept"
+        return None, program, report
+    best = race(programs, traced.constants, inputs, samples=samples)
+    if not best:
+        report.reason = "no candidate could be compiled; the original is kept"
+        return None, program, report
+    report.counters["timed"] = samples
+    report.used = search
+    report.reason = certificate(program, best[0].program)
+    return best[0].run, best[0].program, report
+
+
+def certificate(reference: Program, candidate: Program) -> str:
+    """What is known about the equivalence, in one sentence."""
+    proof = prove(reference, candidate)
+    try:
+        verdict = verify(reference, candidate, np.random.default_rng(), max_trials=100)
+        field_text = f"{verdict.trials} finite-field trials, error bound {verdict.error_bound:.1e}"
+    except NotInDomain as error:
+        field_text = f"no finite-field check ({error})"
+    return f"{'proved for every tile size' if not proof else f'not proved symbolically ({proof})'}; {field_text}"
+
+
+def _judge(compiled: Compiled, inputs: Sequence[Tensor]) -> None:
+    """Keeps the replacement only if it is within the error bound and faster than the original."""
+    report, run = compiled.report(), compiled.run
+    if run is None:
+        return
+    named = dict(zip(compiled.traced.user_inputs, inputs, strict=True)) | compiled.traced.constants
+    values = [named[n].detach().double().numpy() for n in compiled.traced.program.input_names]
+    with torch.no_grad():
+        verdict = compare(compiled.traced.program, values, [o.numpy() for o in run(*inputs)])
+        timing = time_together(
+            {"original": lambda: compiled.original(*inputs), "compiled": lambda: run(*inputs)}, rounds=25, budget_s=4.0
+        )
+    report.original_ms, report.compiled_ms = timing.medians_s["original"] * 1e3, timing.medians_s["compiled"] * 1e3
+    report.noise = timing.noise
+    report.counters["error"] = f"{verdict.worst:.2g} of the float32 bound"
+    if not verdict:
+        report.reason = f"the result leaves the float32 error bound ({verdict.worst:.3g} times); the original is kept"
+    elif report.compiled_ms >= report.original_ms:
+        report.reason = f"nothing faster was found ({report.compiled_ms:.3f} against {report.original_ms:.3f} ms); the original is kept"
+    else:
+        return
+    report.used, report.compiled_ms, compiled.run = "original", report.original_ms, None
+
+
+def load(path: str | Path) -> tuple[Program, Mapping[str, Any]]:
+    """A saved program and its report. Raises UsageError for a file that is not one."""
+    try:
+        data = json.loads(Path(path).read_text())
+        return from_json(json.dumps(data["program"])), data["report"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a saved compilation ({error}); save one with Compiled.save") from None
+
+
+def backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
+    """A torch.compile backend: `torch.compile(model, backend=wager.compile.backend)`.
+
+    A graph that cannot be imported runs as it is, and one warning says why. Weights that Dynamo passes as inputs are not frozen.
+    """
+    try:
+        if not all(isinstance(x, Tensor) for x in example_inputs):
+            raise UsageError(
+                "a dynamic size is an input of the graph; mark the model static with torch.compile(dynamic=False)"
+            )
+        compiled = compile(
+            graph, [torch.randn(x.shape) if x.dtype == torch.float32 else x.detach() for x in example_inputs]
+        )
+    except UsageError as error:
+        log.warning("wager leaves a graph to eager torch: %s", error)
+        return graph.forward
+
+    def run(*inputs: Tensor) -> tuple[Any, ...]:
+        outputs = compiled(*inputs)
+        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+    return run

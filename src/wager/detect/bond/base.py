@@ -1,0 +1,164 @@
+"""What every graph detector can do; the training loop of those that learn. Labels never reach `fit`: it reads x and edge_index only."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import erf
+from scipy.stats import binom
+from torch import Tensor, nn
+
+from wager.detect.bond.graph import Graph
+from wager.errors import UsageError
+
+
+class GraphDetector:
+    """After `fit`: decision_score_ (N,) higher is more abnormal, threshold_, label_, edges_ (which edges were used)."""
+
+    transductive = True
+    contamination: float = 0.1
+    symmetrize: bool = False
+
+    def fit(self, data: Any, label: Any = None) -> GraphDetector:
+        """Score the nodes of the graph. label is ignored."""
+        graph = self.prepare(data)
+        self.finish(self.scores(graph))
+        self._fitted_on = graph
+        return self
+
+    def scores(self, graph: Graph) -> Tensor:
+        raise NotImplementedError
+
+    def prepare(self, data: Any) -> Graph:
+        """The graph as this detector reads it: edges as stored, or in both directions with symmetrize=True."""
+        given = Graph.of(data)
+        graph = Graph(given.x, given.edge_index)
+        if graph.nodes < 2:
+            raise UsageError(f"the graph has {graph.nodes} node(s); at least 2 are needed")
+        if not 0 < self.contamination <= 0.5:
+            raise UsageError(f"contamination is {self.contamination}; it must be in (0, 0.5]")
+        self.edges_ = "both directions" if self.symmetrize else "as stored"
+        return graph.both_directions() if self.symmetrize else graph
+
+    def finish(self, score_N: Tensor) -> None:
+        self.decision_score_ = score_N.detach().to(torch.float32)
+        finite = self.decision_score_[torch.isfinite(self.decision_score_)]
+        self.threshold_ = (
+            float(np.percentile(finite.numpy(), 100 * (1 - self.contamination))) if len(finite) else float("nan")
+        )
+        self.label_ = (self.decision_score_ > self.threshold_).long()
+
+    def decision_function(self, data: Any) -> Tensor:
+        """Scores of another graph. A transductive detector has parameters tied to its nodes and refuses."""
+        self._check_fitted()
+        if data is self._fitted_on:
+            return self.decision_score_
+        if self.transductive:
+            raise UsageError(
+                f"{type(self).__name__} is tied to the graph it was fitted on; call fit with the new graph"
+            )
+        return self.score_new(self.prepare(data))
+
+    def score_new(self, graph: Graph) -> Tensor:
+        raise NotImplementedError
+
+    def predict(
+        self,
+        data: Any = None,
+        return_score: bool = False,
+        return_prob: bool = False,
+        prob_method: str = "linear",
+        return_conf: bool = False,
+    ) -> Any:
+        """Labels (1 outlier) of the fitted graph or another; with scores, probabilities and confidences if asked, in that order."""
+        self._check_fitted()
+        score = self.decision_score_ if data is None else self.decision_function(data)
+        out: list[Tensor] = [(score > self.threshold_).long()]
+        if return_score:
+            out.append(score)
+        if return_prob:
+            out.append(self._probability(score, prob_method))
+        if return_conf:
+            n = len(self.decision_score_)
+            below = torch.searchsorted(self.decision_score_.sort().values, score, right=True).numpy()
+            confidence = 1 - binom.cdf(n - int(n * self.contamination), n, (1 + below) / (2 + n))
+            out.append(torch.from_numpy(np.where(out[0].numpy() == 1, confidence, 1 - confidence)))
+        return out[0] if len(out) == 1 else tuple(out)
+
+    def _probability(self, score: Tensor, method: str) -> Tensor:
+        train = self.decision_score_
+        if method == "linear":
+            return ((score - train.min()) / (train.max() - train.min()).clamp(min=1e-12)).clamp(0, 1)
+        if method == "unify":
+            return torch.from_numpy(
+                erf(((score - train.mean()) / (train.std() * 2**0.5).clamp(min=1e-12)).numpy())
+            ).clamp(0, 1)
+        raise UsageError(f"unknown prob_method {method!r}; choose linear or unify")
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "decision_score_"):
+            raise UsageError(f"this {type(self).__name__} is not fitted yet; call fit first")
+
+    def get_params(self) -> dict[str, Any]:
+        return {
+            name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters if name != "self"
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"
+
+
+class DeepGraphDetector(GraphDetector):
+    """Full-batch training with Adam. A subclass builds its network and says loss and row scores of one pass; the last pass's scores stand."""
+
+    lr: float
+    weight_decay: float
+    epoch: int
+    seed: int | None
+
+    def build(self, graph: Graph, generator: torch.Generator) -> nn.Module:
+        raise NotImplementedError
+
+    def step(self, model: Any, state: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(loss, scores) of a pass in training."""
+        raise NotImplementedError
+
+    def state(self, graph: Graph) -> Any:
+        """What every epoch reads and no epoch changes."""
+        raise NotImplementedError
+
+    def before_step(self, model: Any, state: Any, generator: torch.Generator) -> None:
+        """An adversary's own update, where there is one."""
+
+    def trained(self, model: Any) -> list[nn.Parameter]:
+        return list(model.parameters())
+
+    def scores(self, graph: Graph) -> Tensor:
+        if self.epoch < 1:
+            raise UsageError(f"epoch is {self.epoch}; it must be at least 1")
+        generator = torch.Generator()
+        generator.manual_seed(self.seed) if self.seed is not None else generator.seed()
+        model, state = self.build(graph, generator), self.state(graph)
+        optimizer = torch.optim.Adam(self.trained(model), lr=self.lr, weight_decay=self.weight_decay)
+        self.prepare_training(model)
+        model.train()
+        score = torch.zeros(graph.nodes)
+        for _ in range(self.epoch):
+            self.before_step(model, state, generator)
+            loss, score = self.step(model, state, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.model_ = model
+        return score.detach()
+
+    def prepare_training(self, model: Any) -> None:
+        """Further optimizers, where there is an adversary."""
+
+    def score_new(self, graph: Graph) -> Tensor:
+        self.model_.eval()
+        with torch.no_grad():
+            return self.step(self.model_, self.state(graph), torch.Generator().manual_seed(0))[1]

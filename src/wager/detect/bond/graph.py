@@ -1,0 +1,140 @@
+"""An attributed graph and the matrices that detectors multiply with. Legend: N nodes, E edges, D attributes, H hidden width."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from wager.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Graph:
+    """x (N, D) float32; edge_index (2, E) int64, source above target, as stored; y (N,) bit 0 contextual, bit 1 structural, or None."""
+
+    x: Tensor
+    edge_index: Tensor
+    y: Tensor | None = field(default=None, compare=False)
+
+    @staticmethod
+    def of(data: Any) -> Graph:
+        """From a Graph, a PyTorch Geometric `Data` (anything with x and edge_index), a mapping, or an .npz file. Raises UsageError."""
+        if isinstance(data, Graph):
+            return data
+        if isinstance(data, str | Path):
+            if not Path(data).is_file():
+                raise UsageError(f"{data} does not exist; give an .npz file with x, edge_index and (optionally) y")
+            with np.load(data) as stored:
+                return Graph.of({name: stored[name] for name in stored.files})
+        get = data.get if isinstance(data, dict) else lambda name, default=None: getattr(data, name, default)
+        x, edges, y = get("x"), get("edge_index"), get("y")
+        if x is None or edges is None:
+            raise UsageError("a graph needs node attributes x and edge_index")
+        x, edges = torch.as_tensor(x), torch.as_tensor(edges)
+        if x.ndim != 2 or edges.ndim != 2 or edges.shape[0] != 2:
+            raise UsageError(
+                f"x has shape {tuple(x.shape)} and edge_index {tuple(edges.shape)}; expected (N, D) and (2, E)"
+            )
+        x, edges = x.to(torch.float32), edges.to(torch.int64)
+        if not torch.isfinite(x).all():
+            raise UsageError("x contains NaN or infinity; impute or drop such attributes")
+        if len(edges[0]) and (int(edges.min()) < 0 or int(edges.max()) >= len(x)):
+            raise UsageError(f"edge_index names node {int(edges.max())}, but there are {len(x)} nodes")
+        return Graph(x, edges, None if y is None else torch.as_tensor(y).to(torch.int64).reshape(-1))
+
+    @property
+    def nodes(self) -> int:
+        return len(self.x)
+
+    def both_directions(self) -> Graph:
+        """The same graph with every edge in both directions once."""
+        edges = torch.cat([self.edge_index, self.edge_index.flip(0)], 1)
+        return replace(self, edge_index=torch.unique(edges, dim=1))
+
+    @cached_property
+    def adjacency(self) -> sparse.csr_matrix:
+        """S: entry (i, j) counts the edges from i to j, as a dense adjacency of the reference would."""
+        s, t = self.edge_index.numpy()
+        matrix = sparse.csr_matrix((np.ones(len(s), np.float32), (s, t)), shape=(self.nodes, self.nodes))
+        matrix.sum_duplicates()
+        return matrix
+
+    @cached_property
+    def simple(self) -> sparse.csr_matrix:
+        """Undirected, without loops and repeats: entries 0 or 1."""
+        matrix = self.adjacency.maximum(self.adjacency.T).tocsr()
+        matrix.setdiag(0)
+        matrix.eliminate_zeros()
+        matrix.data[:] = 1
+        matrix.sort_indices()
+        return matrix
+
+    def gcn(self) -> Product:
+        """D^-1/2 (A + I) D^-1/2 acting from sources on targets; a loop that is there already is not added again."""
+        into = self.adjacency.T.tocsr()
+        looped = into.diagonal() > 0
+        into = into + sparse.diags(np.where(looped, 0, 1).astype(np.float32))
+        root = sparse.diags(1 / np.sqrt(np.asarray(into.sum(1)).ravel()))
+        return Product(root @ into @ root)
+
+    def mean_in(self) -> Product:
+        """Mean over a node's incoming edges; 0 without any."""
+        into = self.adjacency.T.tocsr()
+        degree = np.asarray(into.sum(1)).ravel()
+        return Product(sparse.diags(1 / np.maximum(degree, 1)) @ into)
+
+    def laplacian(self) -> Any:
+        """diag(row sums) - max(S, S^T)."""
+        s = self.adjacency.maximum(self.adjacency.T)
+        return sparse.csr_matrix(sparse.diags(np.asarray(s.sum(1)).ravel()) - s)
+
+    def looped_edges(self) -> Tensor:
+        """Edges with one loop at every node, for attention."""
+        kept = self.edge_index[:, self.edge_index[0] != self.edge_index[1]]
+        loop = torch.arange(self.nodes)
+        return torch.cat([kept, torch.stack([loop, loop])], 1)
+
+
+def csr(matrix: Any, dtype: torch.dtype) -> Tensor:
+    m = sparse.csr_matrix(matrix)
+    m.sum_duplicates()
+    start, column = (torch.from_numpy(a.astype(np.int64)) for a in (m.indptr, m.indices))
+    values = torch.from_numpy(m.data).to(dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(start, column, values, size=m.shape, check_invariants=True)
+
+
+class Product:
+    """A constant sparse matrix that multiplies dense ones; the gradient multiplies with its transpose. O(E H), no N x N."""
+
+    def __init__(self, matrix: Any):
+        self.matrix = sparse.csr_matrix(matrix)
+        self._by_dtype: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if dtype not in self._by_dtype:
+            self._by_dtype[dtype] = (csr(self.matrix, dtype), csr(self.matrix.T, dtype))
+        return self._by_dtype[dtype]
+
+    def __call__(self, dense_NH: Tensor) -> Tensor:
+        return _Multiply.apply(dense_NH, *self.pair(dense_NH.dtype))  # type: ignore[return-value]
+
+
+class _Multiply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, matrix: Tensor, transposed: Tensor) -> Tensor:
+        ctx.transposed = transposed
+        return matrix @ dense
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.transposed @ grads[0].contiguous(), None, None

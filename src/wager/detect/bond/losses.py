@@ -1,0 +1,143 @@
+"""Row errors of graph reconstruction without an N x N matrix. Exact: the same value and gradient as the dense form.
+
+Linear decoder, S' = H H^T or S' = H W^T:  sum_j (s_ij - h_i.w_j)^2 = sum_j s_ij^2 - 2 h_i.(S W)_i + h_i^T (W^T W) h_i, in O(E H + N H^2).
+Sigmoid decoder: the part that treats every pair alike is summed in blocks of rows that backward computes again, O(b N) memory; the
+entries of S correct it edge by edge. Sums run in float64, because the three terms of a good reconstruction cancel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wager.detect.bond.graph import Graph, Product
+
+TINY = 1e-24
+
+
+class Structure:
+    """What a loss needs of the adjacency S: products with it, squared row sums, its entries."""
+
+    def __init__(self, graph: Graph):
+        s = graph.adjacency
+        self.product = Product(s)
+        self.square_N = torch.from_numpy(s.multiply(s).sum(1)).reshape(-1).double()
+        coo = s.tocoo()
+        self.row_E, self.column_E = torch.from_numpy(coo.row).long(), torch.from_numpy(coo.col).long()
+        self.value_E = torch.from_numpy(coo.data)
+        self.nodes = graph.nodes
+
+
+def linear_rows(structure: Structure, h_NH: Tensor, w_NH: Tensor | None = None) -> Tensor:
+    """Squared error of each row of S against h w^T (w = h by default), float32."""
+    h = h_NH.double()
+    w = h if w_NH is None else w_NH.double()
+    cross = (h * structure.product(w)).sum(1)
+    return (structure.square_N - 2 * cross + ((h @ (w.T @ w)) * h).sum(1)).clamp(min=TINY).float()
+
+
+def sigmoid_rows(structure: Structure, z_NH: Tensor, positive: float = 0.5, block: int = 1024) -> Tensor:
+    """Squared error of each row of S against sigmoid(z z^T). positive != 0.5 weighs entries of S by it and all others by 1 - it."""
+    on, off = (1.0, 1.0) if positive == 0.5 else (positive, 1 - positive)
+    at = torch.sigmoid((z_NH[structure.row_E] * z_NH[structure.column_E]).sum(1))
+    fix = on * (structure.value_E - at) ** 2 - off * at**2
+    rows = off * pair_sums(z_NH, "sigmoid squared", block)
+    return rows.index_add(0, structure.row_E, fix).clamp(min=TINY)
+
+
+def pair_sums(z_NH: Tensor, kind: str, block: int = 1024) -> Tensor:
+    """sum_j f(z_i.z_j) for each i with f = sigmoid^2 ("sigmoid squared"), softplus ("softplus": -log(1 - sigmoid)) or
+    softplus(-t) ("negative softplus": -log sigmoid)."""
+    return _PairSums.apply(z_NH, kind, block)  # type: ignore[return-value]
+
+
+class _PairSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, kind: str, block: int) -> Tensor:
+        ctx.save_for_backward(z)
+        ctx.kind, ctx.block = kind, block
+        return torch.cat([_value(z[i : i + block] @ z.T, kind).sum(1) for i in range(0, len(z), block)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (z,), g = ctx.saved_tensors, grads[0]
+        out = torch.zeros_like(z)
+        for i in range(0, len(z), ctx.block):
+            rows = slice(i, i + ctx.block)
+            slope = _slope(z[rows] @ z.T, ctx.kind) * g[rows, None]
+            out[rows] += slope @ z
+            out += slope.T @ z[rows]
+        return out, None, None
+
+
+def _value(t: Tensor, kind: str) -> Tensor:
+    if kind == "sigmoid squared":
+        return torch.sigmoid(t) ** 2
+    return F.softplus(t if kind == "softplus" else -t)
+
+
+def _slope(t: Tensor, kind: str) -> Tensor:
+    p = torch.sigmoid(t)
+    if kind == "sigmoid squared":
+        return 2 * p * p * (1 - p)
+    return p if kind == "softplus" else p - 1
+
+
+def attribute_rows(x_ND: Tensor, out_ND: Tensor, positive: float = 0.5) -> Tensor:
+    """Squared error of each row of x; positive != 0.5 weighs entries > 0 by it and all others by 1 - it."""
+    square = (x_ND - out_ND) ** 2
+    if positive != 0.5:
+        square = torch.where(x_ND > 0, square * positive, square * (1 - positive))
+    return square.sum(1)
+
+
+def double_error(attribute_N: Tensor, structure_N: Tensor, weight: float | str) -> Tensor:
+    """w |x - x'| + (1 - w) |s - s'| per row. "auto" balances the two by their spread: w = std(s) / (std(x) + std(s)), as published in 2022."""
+    a, s = attribute_N.clamp(min=TINY).sqrt(), structure_N.clamp(min=TINY).sqrt()
+    if weight == "auto":
+        spread_a, spread_s = a.detach().std(), s.detach().std()
+        weight = float(spread_s / (spread_a + spread_s).clamp(min=1e-12))
+    return float(weight) * a + (1 - float(weight)) * s
+
+
+def dropped_rows(
+    structure: Structure, h_NH: Tensor, w_NH: Tensor, share: float, generator: torch.Generator, block: int = 1024
+) -> Tensor:
+    """Squared error of each row of S against dropout(h w^T). Without dropout this is `linear_rows`; with it, blocks of rows are made twice."""
+    if share == 0:
+        return linear_rows(structure, h_NH, w_NH)
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    return _DroppedRows.apply(h_NH, w_NH, structure, share, seed, block)  # type: ignore[return-value]
+
+
+class _DroppedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, w: Tensor, structure: Structure, share: float, seed: int, block: int) -> Tensor:
+        ctx.save_for_backward(h, w)
+        ctx.settings = structure, share, seed, block
+        blocks = range(0, len(h), block)
+        return torch.cat([(_difference(h, w, structure, share, seed, i, block)[0] ** 2).sum(1) for i in blocks])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        (h, w), (structure, share, seed, block) = ctx.saved_tensors, ctx.settings
+        out_h, out_w = torch.zeros_like(h), torch.zeros_like(w)
+        for i in range(0, len(h), block):
+            difference, mask = _difference(h, w, structure, share, seed, i, block)
+            slope = 2 * difference * mask * grads[0][i : i + block, None]
+            out_h[i : i + block] = slope @ w
+            out_w += slope.T @ h[i : i + block]
+        return out_h, out_w, None, None, None, None
+
+
+def _difference(
+    h: Tensor, w: Tensor, structure: Structure, share: float, seed: int, start: int, block: int
+) -> tuple[Tensor, Tensor]:
+    rows = h[start : start + block]
+    generator = torch.Generator().manual_seed(seed + start)
+    mask = (torch.rand(len(rows), len(w), generator=generator) >= share) / (1 - share)
+    dense = torch.from_numpy(structure.product.matrix[start : start + block].toarray())
+    return (rows @ w.T) * mask - dense, mask

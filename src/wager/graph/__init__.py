@@ -1,0 +1,1 @@
+"""Tensor programs: representation, import, interpreters, equivalence checks, lowering, timing."""

@@ -1,0 +1,92 @@
+"""Times callables so that the figures can be compared: interleaved rounds, medians, the first contender twice for the noise.
+
+`CostLog` remembers medians by a key (operator, shapes, threads, machine) in a file, so that a search does not time the same kernel twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wager.native import build
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians in seconds by name; `noise` is how far the first contender's two medians lie apart."""
+
+    medians_s: dict[str, float]
+    noise: float
+    rounds: int
+
+
+def time_together(
+    contenders: Mapping[str, Callable[[], Any]], *, rounds: int = 20, warmup: int = 3, budget_s: float = 5.0
+) -> Timing:
+    """Interleaved medians. Stops after `rounds`, or when `budget_s` is spent and five rounds are done."""
+    first = next(iter(contenders))
+    runs = {**contenders, "": contenders[first]}
+    for run in contenders.values():
+        for _ in range(warmup):
+            run()
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    start, done = time.perf_counter(), 0
+    names = list(runs)
+    while done < rounds and (done < 5 or time.perf_counter() - start < budget_s):
+        for name in names[done % len(names) :] + names[: done % len(names)]:
+            begin = time.perf_counter()
+            runs[name]()
+            samples[name].append(time.perf_counter() - begin)
+        done += 1
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    twin = medians.pop("")
+    return Timing(medians, abs(twin / medians[first] - 1), done)
+
+
+def quick_time(run: Callable[[], Any], *, rounds: int = 5) -> float:
+    """The least of a few runs: it only ranks candidates, and the least is what a busy machine disturbs least."""
+    run()
+    samples = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - begin)
+    return min(samples)
+
+
+def machine_key() -> str:
+    """What a timing depends on besides the kernel."""
+    return f"{build.isa()}-{hashlib.blake2b(build.cpu_flags().encode(), digest_size=4).hexdigest()}-t{torch.get_num_threads()}"
+
+
+class CostLog:
+    """A dictionary of medians in a JSON file; written whole by renaming."""
+
+    def __init__(self, path: Path | None = None):
+        self.path = path or build.cache_dir().parent / "costs.json"
+        try:
+            self.entries: dict[str, float] = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            self.entries = {}
+
+    def get(self, key: str, measure: Callable[[], float]) -> float:
+        """The remembered cost, or `measure()` which is then remembered."""
+        full = f"{machine_key()} {key}"
+        if full not in self.entries:
+            self.entries[full] = measure()
+        return self.entries[full]
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self.entries))
+        temporary.replace(self.path)

@@ -1,0 +1,47 @@
+"""The operators that matter, behind one face. Importing this module is light; torch comes with the first call."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wager.kernels.fused import BlockInput, BlockOutput, Norm
+    from wager.kernels.registry import (
+        apply_rope,
+        block_input,
+        block_output,
+        gelu_tanh_mul,
+        pack_linear,
+        paged_attention,
+        rms_norm,
+        rms_norm_residual,
+        silu_mul,
+        usual_mode,
+        write_kv,
+    )
+
+__all__ = [
+    "BlockInput",
+    "BlockOutput",
+    "Norm",
+    "apply_rope",
+    "block_input",
+    "block_output",
+    "gelu_tanh_mul",
+    "pack_linear",
+    "paged_attention",
+    "rms_norm",
+    "rms_norm_residual",
+    "silu_mul",
+    "usual_mode",
+    "write_kv",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'wager.kernels' has no attribute {name!r}")
+    value = getattr(importlib.import_module("wager.kernels.registry"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,76 @@
+// What happens to activations between linears: gates, rotation, and rounding to bfloat16 or int8.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "pool.h"
+#include "simd.h"
+
+static inline vf tanh_v(vf x) {
+    vf magnitude = x < 0.0f ? -x : x;
+    vf e = exp_v(-2.0f * magnitude);
+    vf t = (1.0f - e) / (1.0f + e);
+    return x < 0.0f ? -t : t;
+}
+static inline vf silu_v(vf x) {
+    vf e = exp_v(x < 0.0f ? x : -x);  // both branches without overflow
+    return x * (x < 0.0f ? e : vf{} + 1.0f) / (1.0f + e);
+}
+static inline vf gelu_tanh_v(vf x) { return 0.5f * x * (1.0f + tanh_v(0.7978845608f * (x + 0.044715f * x * x * x))); }
+
+static inline void rope_row(const float* x, const float* cos, const float* sin, long pairs, long width, bool interleaved, float* y) {
+    for (long i = 0; i < pairs; i++) {
+        long ia = interleaved ? 2 * i : i, ib = interleaved ? 2 * i + 1 : i + pairs;
+        float a = x[ia], b = x[ib];
+        y[ia] = a * cos[i] - b * sin[i];
+        y[ib] = b * cos[i] + a * sin[i];
+    }
+    for (long i = 2 * pairs; i < width; i++) y[i] = x[i];
+}
+
+struct QuantisedRows {
+    std::vector<int8_t> values;
+    std::vector<float> scales;
+    std::vector<int32_t> offsets;
+};
+
+// Symmetric int8 per group of inputs: scale = max |x| / 127, value = nearest integer of x (127 / max), ties to even. `offsets` get
+// -offset * sum of the group's values. A group with a value that is not finite gets the scale NaN, so that the output shows it.
+static inline void quantise_group(const float* x, int group, int offset, int8_t* values, float* scale, int32_t* out) {
+    vf most{}, sums{};
+    for (int i = 0; i < group; i += VL) {
+        vf v = load(x + i);
+        most = vmax(most, v < 0.0f ? -v : v);
+        sums += v - v;  // NaN where v is not finite
+    }
+    float top = highest(most);
+    float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+    *scale = top / 127.0f + sum(sums);
+    int32_t total = 0;
+    float scaled[64];  // a product of its own: fused into the next addition it would round near ties differently from the definition
+    for (int i = 0; i < group; i++) scaled[i] = x[i] * inverse;
+    for (int i = 0; i < group; i++) {
+        float v = (scaled[i] + 12582912.0f) - 12582912.0f;  // round to nearest integer, ties to even
+        values[i] = (int8_t)(v == v ? v : 0);
+        total += values[i];
+    }
+    *out = -offset * total;
+}
+
+static inline void quantise_rows(const float* x, long rows, long inputs, int group, int offset, int threads, QuantisedRows& to) {
+    long groups = inputs / group;
+    to.values.resize(rows * inputs), to.scales.resize(rows * groups), to.offsets.resize(rows * groups);
+    each(rows * inputs > 1 << 16 ? threads : 1, rows, [&](long r) {
+        for (long g = 0; g < groups; g++)
+            quantise_group(x + r * inputs + g * group, group, offset, to.values.data() + r * inputs + g * group, &to.scales[r * groups + g], &to.offsets[r * groups + g]);
+    });
+}
+
+static inline void round_rows(const float* x, long count, int threads, std::vector<bf16>& to) {
+    to.resize(count);
+    constexpr long PIECE = 1 << 14;
+    each(count > 1 << 16 ? threads : 1, (count + PIECE - 1) / PIECE, [&](long p) {
+        narrow_n(x + p * PIECE, std::min(PIECE, count - p * PIECE), &to[p * PIECE]);
+    });
+}

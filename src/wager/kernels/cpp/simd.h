@@ -1,0 +1,110 @@
+// A vector of floats of the machine's width, and what the kernels need of it. GCC/Clang vector extensions: no intrinsics, any target.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+
+typedef uint16_t bf16;  // the upper half of a float's bits
+
+static inline vf load(const float* p) { return *(const vf*)p; }
+static inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const vh*)p, vu) << 16); }
+static inline void store(float* p, vf v) { *(vf*)p = v; }
+static inline float widen(float x) { return x; }
+static inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+static inline void narrow(float x, float* out) { *out = x; }
+static inline void narrow(float x, bf16* out) {  // round to nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) {
+        *out = (bf16)((bits >> 16) | 0x40);
+        return;
+    }
+    *out = (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline void narrow_n(const float* from, long count, float* to) { std::memcpy(to, from, count * 4); }
+static inline void narrow_n(const float* from, long count, bf16* to) {
+    long i = 0;
+    for (; i + VL <= count; i += VL) {
+        vu bits = *(const vu*)(from + i);
+        vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x40;
+        *(vh*)(to + i) = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, vh);
+    }
+    for (; i < count; i++) narrow(from[i], to + i);
+}
+
+static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+// Lane l of the result is lane INDEX of a and b laid one after the other.
+template <int... INDEX>
+static inline vf pick(vf a, vf b, std::integer_sequence<int, INDEX...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, INDEX...);
+#else
+    return __builtin_shuffle(a, b, vi{INDEX...});
+#endif
+}
+// Of blocks of 2 * STEP lanes, the first half (HALF 0) or second half (HALF 1) of a, and beside it the same half of b.
+template <int STEP, int HALF, int... LANE>
+static inline vf halves(vf a, vf b, std::integer_sequence<int, LANE...>) {
+    return pick(a, b, std::integer_sequence<int, (LANE % (2 * STEP) < STEP ? LANE + HALF * STEP : VL + LANE + (HALF - 1) * STEP)...>{});
+}
+using Lanes = std::make_integer_sequence<int, VL>;
+template <int STEP>
+static inline vf fold(vf a, vf b) { return halves<STEP, 0>(a, b, Lanes{}) + halves<STEP, 1>(a, b, Lanes{}); }
+
+// Lane l of the result is the sum over the lanes of v[l]. A tree of pairs, the same for every l.
+template <int STEP = 1>
+static inline vf sums(const vf* v) {
+    if constexpr (STEP == VL / 2) return fold<STEP>(v[0], v[STEP]);
+    else return fold<STEP>(sums<STEP * 2>(v), sums<STEP * 2>(v + STEP));
+}
+
+template <int STEP = VL / 2>
+static inline float sum(vf v) {
+    if constexpr (STEP == 0) return v[0];
+    else return sum<STEP / 2>(v + halves<STEP, 1>(v, v, Lanes{}));
+}
+template <int STEP = VL / 2>
+static inline float highest(vf v) {
+    if constexpr (STEP == 0) return v[0];
+    else return highest<STEP / 2>(vmax(v, halves<STEP, 1>(v, v, Lanes{})));
+}
+
+// exp for x <= 0 (and a little above): 2^n * p(r), relative error below 2e-7; far below the smallest float it is 0.
+static inline vf exp_v(vf x) {
+    const vf lowest = vf{} - 87.0f;
+    vi underflow = x < lowest;
+    x = vmax(x, lowest);
+    vf n = x * 1.44269504f;
+    n = (n + 12582912.0f) - 12582912.0f;  // round to nearest integer
+    vf r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
+    vf result = p * (vf)scale;
+    return (vf)((vi)result & ~underflow);
+}

@@ -1,0 +1,207 @@
+"""The C++ forms of the operators: float32 activations on a CPU, weights and pools in float32 or bfloat16.
+
+Shape legend: T tokens, D width, I/O linear input/output, H query heads, G key/value heads, K key width, V value width, S pool slots, R pairs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wager.errors import UsageError
+from wager.native import build
+
+SOURCES = [
+    Path(__file__).parent / "cpp" / name
+    for name in ("linear.cpp", "attention.cpp", "elementwise.cpp", "block.cpp", "pool.cpp")
+]
+MARCH = {"native": "native", "avx512": "x86-64-v4", "avx2": "x86-64-v3", "baseline": "x86-64"}
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+_P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+_SIGNATURES = {
+    "wager_linear": (_P,),
+    "wager_block_input": (_P,),
+    "wager_block_output": (_P,),
+    "wager_pack_f32": (_P, _L, _L, _P, _I),
+    "wager_pack_bf16": (_P, _L, _L, _P, _I),
+    "wager_rms_norm_f32": (_P, _L, _P, _P, _L, _L, _F, _F, _P, _I),
+    "wager_rms_norm_bf16": (_P, _L, _P, _P, _L, _L, _F, _F, _P, _I),
+    "wager_silu_mul": (_P, _L, _L, _P, _I),
+    "wager_gelu_tanh_mul": (_P, _L, _L, _P, _I),
+    "wager_rope": (_P, _L, _L, _P, _P, _L, _L, _L, _L, _I, _P, _I),
+    "wager_write_f32": (_P, _L, _P, _L, _L, _P, _I),
+    "wager_write_bf16": (_P, _L, _P, _L, _L, _P, _I),
+    "wager_attention_f32": (_P,),
+    "wager_attention_bf16": (_P,),
+}
+
+
+class _AttentionArgs(ctypes.Structure):
+    _fields_ = [
+        *[(name, _P) for name in ("q", "new_k", "new_v", "slots", "sinks")],
+        *[(name, ctypes.c_int64) for name in ("q_token", "new_k_token", "new_v_token")],
+        *[(name, _P) for name in ("k_pool", "v_pool")],
+        *[(name, _L) for name in ("k_slot", "k_head", "v_slot", "v_head")],
+        *[(name, _P) for name in ("tables", "starts", "contexts", "positions", "mask", "out")],
+        *[
+            (name, ctypes.c_int64)
+            for name in (
+                "tokens", "spans", "table_width", "heads", "kv_heads", "key_dim", "value_dim", "block_size", "window", "words",
+            )
+        ],
+        ("scale", _F),
+        ("softcap", _F),
+        ("threads", _I),
+    ]  # fmt: skip
+
+
+def march() -> str:
+    """The instruction set to compile for: this machine's, or the one that WAGER_ISA names. Raises UsageError if it cannot run here."""
+    wanted = os.environ.get("WAGER_ISA") or "native"
+    if wanted not in MARCH:
+        raise UsageError(f"WAGER_ISA={wanted!r} is unknown; use one of {', '.join(MARCH)}")
+    needed = {"avx512": "avx512bw", "avx2": "avx2"}.get(wanted)
+    if needed and needed not in build.cpu_flags().split():
+        raise UsageError(f"WAGER_ISA={wanted} needs a processor with {needed}, which this one lacks; unset it")
+    return MARCH[wanted]
+
+
+@cache
+def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The compiled kernels; `flags` are further ones for the compiler, for a search over constants. Raises BuildError."""
+    lib = build.load("wager_kernels", SOURCES, flags, march=march())
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = arguments, None
+    lib.wager_stream_read.argtypes, lib.wager_stream_read.restype = (_P, _L, _I), ctypes.c_double
+    return lib
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether these activations are of the kind the native forms take."""
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 and not t.requires_grad for t in tensors)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """Rows may be strided views as long as they are evenly spaced; heads of a fused projection are."""
+    width = x.shape[-1]
+    x = x if x.stride(-1) == 1 and x.dim() == 2 else x.contiguous()
+    rows = x.numel() // width
+    y = torch.empty(x.shape)
+    function = getattr(library(), f"wager_rms_norm_{SUFFIX[weight_D.dtype]}")
+    stride = x.stride(0) if x.dim() == 2 else width
+    function(
+        x.data_ptr(), stride, None, weight_D.data_ptr(), rows, width, eps, offset, y.data_ptr(), torch.get_num_threads()
+    )
+    return y
+
+
+def rms_norm_residual(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The sum is made in a copy of the residual, so the caller's tensors stay as they are."""
+    rows, width = x_TD.shape
+    x_TD = x_TD if x_TD.stride(-1) == 1 else x_TD.contiguous()
+    y, total = torch.empty(rows, width), residual_TD.clone(memory_format=torch.contiguous_format)
+    function = getattr(library(), f"wager_rms_norm_{SUFFIX[weight_D.dtype]}")
+    function(
+        x_TD.data_ptr(), x_TD.stride(0), total.data_ptr(), weight_D.data_ptr(), rows, width, eps, offset, y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y, total
+
+
+def _gated(name: str, gate_up: Tensor) -> Tensor:
+    gate_up = gate_up.contiguous()
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    y = torch.empty(rows, width)
+    getattr(library(), name)(gate_up.data_ptr(), rows, width, y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+def silu_mul(gate_up_TI: Tensor) -> Tensor:
+    return _gated("wager_silu_mul", gate_up_TI)
+
+
+def gelu_tanh_mul(gate_up_TI: Tensor) -> Tensor:
+    return _gated("wager_gelu_tanh_mul", gate_up_TI)
+
+
+def apply_rope(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> Tensor:
+    x = x_THK if x_THK.stride(-1) == 1 else x_THK.contiguous()
+    tokens, heads, width = x.shape
+    y = torch.empty(tokens, heads, width)
+    cos, sin = cos_TR.contiguous(), sin_TR.contiguous()
+    library().wager_rope(
+        x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), tokens, heads, cos.shape[1], width,
+        int(interleaved), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def write_kv(new_TGK: Tensor, pool_SGK: Tensor, slots_T: Tensor) -> None:
+    new = new_TGK if new_TGK.stride(-1) == 1 and new_TGK.stride(1) == new_TGK.shape[2] else new_TGK.contiguous()
+    function = getattr(library(), f"wager_write_{SUFFIX[pool_SGK.dtype]}")
+    width = pool_SGK.shape[1] * pool_SGK.shape[2]
+    function(
+        new.data_ptr(),
+        new.stride(0),
+        slots_T.data_ptr(),
+        len(slots_T),
+        width,
+        pool_SGK.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def paged_attention(
+    q_THK: Tensor,
+    k_pool_SGK: Tensor,
+    v_pool_SGV: Tensor,
+    tables_RB: Tensor,
+    span_starts: Tensor,
+    contexts_R: Tensor,
+    positions_T: Tensor,
+    block_size: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask_TP: Tensor | None = None,
+    sinks_H: Tensor | None = None,
+    new: tuple[Tensor, Tensor | None, Tensor] | None = None,
+) -> Tensor:
+    """`new` = (k_TGK, v_TGV or None, slots_T) is stored before attending."""
+    q, tables = _token_rows(q_THK), tables_RB.contiguous()
+    mask = None if mask_TP is None else mask_TP.contiguous()
+    sinks = None if sinks_H is None else sinks_H.float().contiguous()
+    new_k, new_v, slots = (None, None, None) if new is None else new
+    new_k, new_v = (None if t is None else _token_rows(t) for t in (new_k, new_v))
+    out_THV = torch.empty(q.shape[0], q.shape[1], v_pool_SGV.shape[2])
+    arguments = _AttentionArgs(
+        q.data_ptr(), _pointer(new_k), _pointer(new_v), _pointer(slots), _pointer(sinks),
+        q.stride(0), 0 if new_k is None else new_k.stride(0), 0 if new_v is None else new_v.stride(0),
+        k_pool_SGK.data_ptr(), v_pool_SGV.data_ptr(),
+        k_pool_SGK.stride(0), k_pool_SGK.stride(1), v_pool_SGV.stride(0), v_pool_SGV.stride(1),
+        tables.data_ptr(), span_starts.data_ptr(), contexts_R.data_ptr(), positions_T.data_ptr(),
+        _pointer(mask), out_THV.data_ptr(),
+        q.shape[0], tables.shape[0], tables.shape[1], q.shape[1], k_pool_SGK.shape[1], q.shape[2], v_pool_SGV.shape[2],
+        block_size, window or 0, 0 if mask is None else mask.shape[1],
+        scale, softcap or 0.0, torch.get_num_threads(),
+    )  # fmt: skip
+    getattr(library(), f"wager_attention_{SUFFIX[k_pool_SGK.dtype]}")(ctypes.byref(arguments))
+    return out_THV
+
+
+def _token_rows(x_THK: Tensor) -> Tensor:
+    """A view whose heads lie side by side in a token; tokens may be further apart, as in a fused projection."""
+    return x_THK if x_THK.stride(2) == 1 and x_THK.stride(1) == x_THK.shape[2] else x_THK.contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

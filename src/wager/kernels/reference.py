@@ -1,0 +1,135 @@
+"""Torch references of the operators: the oracle every faster form is judged against. Clear first, vectorised where it costs no clarity.
+
+Shape legend: T tokens, D width, I/O linear input/output width, H query heads, G key/value heads, K key width, V value width, S pool slots,
+R spans, B blocks of a table row, P mask words.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b in the activation's dtype; a lower-precision weight is widened to it."""
+    bias = None if bias_O is None else bias_O.to(x_TI.dtype)
+    return F.linear(x_TI, weight_OI.to(x_TI.dtype), bias)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * (offset + weight), computed in float32, returned in x's dtype. Gemma uses offset 1."""
+    x32 = x_TD.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (normed * (offset + weight_D.float())).to(x_TD.dtype)
+
+
+def rms_norm_residual(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(residual + x), residual + x)."""
+    total_TD = residual_TD + x_TD
+    return rms_norm(total_TD, weight_D, eps, offset), total_TD
+
+
+def silu_mul(gate_up_TI: Tensor) -> Tensor:
+    """silu(gate) * up of a fused [T, 2 I] projection, gate first."""
+    gate, up = gate_up_TI.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu_tanh_mul(gate_up_TI: Tensor) -> Tensor:
+    """gelu(gate) * up with the tanh form of gelu, gate first."""
+    gate, up = gate_up_TI.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def apply_rope(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate the first 2 R widths of every head by the token's angles [T, R]; the rest passes through.
+
+    Half layout pairs (i, i + R), interleaved pairs (2 i, 2 i + 1).
+    """
+    rotary = 2 * cos_TR.shape[-1]
+    cos, sin = cos_TR[:, None, :], sin_TR[:, None, :]
+    head, rest = x_THK[..., :rotary].float(), x_THK[..., rotary:]
+    a, b = (head[..., 0::2], head[..., 1::2]) if interleaved else head.chunk(2, dim=-1)
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    out = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat((out.to(x_THK.dtype), rest), dim=-1)
+
+
+def write_kv(new_TGK: Tensor, pool_SGK: Tensor, slots_T: Tensor) -> None:
+    """Store each token's row in its pool slot; slot -1 stores nothing."""
+    keep = slots_T >= 0
+    pool_SGK[slots_T[keep]] = new_TGK[keep].to(pool_SGK.dtype)
+
+
+def masked_keys(mask_TP: Tensor) -> int:
+    """One more than the highest bit that is set in any row."""
+    rows = mask_TP.tolist()
+    return max(
+        (64 * i + (word & (2**64 - 1)).bit_length() for row in rows for i, word in enumerate(row) if word), default=0
+    )
+
+
+def paged_attention(
+    q_THK: Tensor,
+    k_pool_SGK: Tensor,
+    v_pool_SGV: Tensor,
+    tables_RB: Tensor,
+    span_starts: Tensor,
+    contexts_R: Tensor,
+    positions_T: Tensor,
+    block_size: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask_TP: Tensor | None = None,
+    sinks_H: Tensor | None = None,
+    new: tuple[Tensor, Tensor | None, Tensor] | None = None,
+) -> Tensor:
+    """Attention of ragged spans over paged keys and values, [T, H, V] in q's dtype, softmax in float32.
+
+    Row i of span r sees cache indices 0 .. contexts[r] - 1 of its request and, of its own span (cache indices contexts[r] + j), rows j <= i,
+    or, with `mask_TP`, the cache indices contexts[r] + j whose bit is set (bit j % 64 of word j // 64; a tree that is grown level by level
+    has older rows cached before those of the span). A window hides keys whose position is at most the query's
+    position - window; cached keys have position = cache index, span keys the position of their row. The span's own keys must already be
+    in the pool, unless `new` = (k_TGK, v_TGV or None, slots_T) brings them. A head's sink is a score that takes part in its softmax without
+    a value (gpt-oss). Latent attention passes a view of the key pool as the value pool.
+    """
+    if new is not None:
+        write_kv(new[0], k_pool_SGK, new[2])
+        if new[1] is not None:
+            write_kv(new[1], v_pool_SGV, new[2])
+    T, H, _ = q_THK.shape
+    G, V = v_pool_SGV.shape[1], v_pool_SGV.shape[2]
+    out_THV = q_THK.new_zeros(T, H, V)
+    for r in range(tables_RB.shape[0]):
+        start, stop, context = int(span_starts[r]), int(span_starts[r + 1]), int(contexts_R[r])
+        length = stop - start
+        if length == 0:
+            continue
+        keys = length if mask_TP is None else masked_keys(mask_TP[start:stop])
+        index = torch.arange(context + keys, device=q_THK.device)
+        slots = tables_RB[r].long()[index // block_size] * block_size + index % block_size
+        k, v = k_pool_SGK[slots].float(), v_pool_SGV[slots].float()
+        k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
+        rows = torch.arange(keys, device=q_THK.device)
+        if mask_TP is None:
+            own = rows[None, :] <= rows[:, None]
+        else:
+            words = mask_TP[start:stop][:, rows // 64]
+            own = (words >> (rows % 64)) & 1 == 1
+        seen = torch.cat((torch.ones(length, context, dtype=torch.bool, device=own.device), own), dim=1)
+        if window is not None:
+            key_positions = torch.cat((index[:context], positions_T[start + rows.clamp(max=length - 1)]))
+            seen &= key_positions[None, :] > positions_T[start:stop, None] - window
+        scores = torch.einsum("thk,shk->hts", q_THK[start:stop].float(), k) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if sinks_H is not None:
+            scores = torch.cat((scores, sinks_H.float()[:, None, None].expand(-1, length, 1)), dim=-1)
+        weights = scores.softmax(-1)[..., : len(index)]
+        out_THV[start:stop] = torch.einsum("hts,shv->thv", weights, v).to(out_THV.dtype)
+    return out_THV

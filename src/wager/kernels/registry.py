@@ -1,0 +1,177 @@
+"""Chooses between an operator's forms: native C++ for float32 activations on a CPU, the torch reference for everything else.
+
+WAGER_KERNELS=reference|native forces a form; triton adds the Triton forms for tensors on a GPU, which are judged under Triton's interpreter
+but have no recorded GPU run yet and so must be asked for. When native code cannot be built, one warning says why and the reference serves.
+
+Shape legend: T tokens, D width, I/O linear input/output, H query heads, G key/value heads, K key width, V value width, S pool slots,
+R rotated pairs (spans in `paged_attention`), B blocks of a table row, P mask words.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wager.errors import BuildError, UsageError
+from wager.kernels import native, reference
+from wager.kernels.fused import BlockInput, BlockOutput, Norm, block_input, block_output
+from wager.kernels.native_linear import NativeLinear
+from wager.kernels.quantize import check_mode, quantize, round_activations
+from wager.native import build
+
+__all__ = [
+    "BlockInput", "BlockOutput", "Choice", "Norm", "apply_rope", "block_input", "block_output", "choice", "gelu_tanh_mul",
+    "pack_linear", "paged_attention", "rms_norm", "rms_norm_residual", "silu_mul", "usual_mode", "write_kv",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The form that serves CPU tensors, and why."""
+
+    form: str
+    reason: str
+
+
+@cache
+def choice() -> Choice:
+    """Decided once per process. Raises BuildError when native is forced but cannot be built."""
+    forced = os.environ.get("WAGER_KERNELS")
+    if forced not in (None, "", "native", "reference", "triton"):
+        raise UsageError(f"WAGER_KERNELS={forced!r} is unknown; use native, reference or triton")
+    if forced == "reference":
+        return Choice("reference", "forced by WAGER_KERNELS")
+    try:
+        native.library()
+    except BuildError as error:
+        if forced == "native":
+            raise
+        log.warning("native kernels are off, the slower torch reference serves: %s", error)
+        return Choice("reference", str(error))
+    how = "forced by WAGER_KERNELS" if forced == "native" else "built with the system compiler"
+    return Choice("native", f"{how} for {os.environ.get('WAGER_ISA') or build.isa()}")
+
+
+@cache
+def gpu_forms() -> Any:
+    """The Triton forms where WAGER_KERNELS=triton asks for them, else None. Raises UsageError when Triton is not installed."""
+    if os.environ.get("WAGER_KERNELS") != "triton":
+        return None
+    try:
+        return importlib.import_module("wager.kernels.triton_forms")
+    except ImportError as error:
+        raise UsageError(
+            f"WAGER_KERNELS=triton, but Triton cannot be imported ({error}); install it or unset WAGER_KERNELS"
+        ) from None
+
+
+def _use_native(*tensors: Tensor) -> bool:
+    return native.serves(*tensors) and choice().form == "native"
+
+
+class ReferenceLinear:
+    """A weight as the checkpoint has it; on a CPU widened once to the activations' float32. Quantized weights are kept as codes."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, quantization: str | None = None):
+        dtype = torch.float32 if weight_OI.device.type == "cpu" else weight_OI.dtype
+        self.bias = None if bias_O is None else bias_O.to(dtype)
+        self.weight = weight_OI.to(dtype) if quantization is None else quantize(weight_OI, quantization)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        if isinstance(self.weight, Tensor):
+            return reference.linear(x_TI, self.weight, self.bias)
+        x = round_activations(x_TI, self.weight.mode).to(x_TI.dtype)
+        return reference.linear(x, self.weight.dequantized(), self.bias)
+
+    def add(self, x_TI: Tensor, residual_TO: Tensor) -> Tensor:
+        """residual + linear(x)."""
+        return residual_TO + self(x_TI)
+
+    def gated(self, x_TI: Tensor, activation: str) -> Tensor:
+        """act(gate) * up, where the weight's first half makes the gate and its second half the up projection."""
+        return (reference.silu_mul if activation == "silu" else reference.gelu_tanh_mul)(self(x_TI))
+
+
+def pack_linear(weight_OI: Tensor, bias_O: Tensor | None = None, quantization: str | None = None) -> Any:
+    """A linear layer `x_TI -> y_TO` over a weight laid out for this machine; `quantization` is one of `quantize.MODES`.
+
+    Beside calling it, `add(x, residual)` and `gated(x, activation)` fuse what usually follows. Raises UsageError for an unknown mode.
+    """
+    if quantization is not None:
+        check_mode(quantization)
+    if weight_OI.device.type == "cpu" and weight_OI.dtype in native.SUFFIX and choice().form == "native":
+        return NativeLinear(weight_OI, bias_O, quantization)
+    if weight_OI.device.type == "cuda" and (forms := gpu_forms()) is not None:
+        return forms.TritonLinear(weight_OI, bias_O, quantization)
+    return ReferenceLinear(weight_OI, bias_O, quantization)
+
+
+def usual_mode(dtype: torch.dtype, device: torch.device) -> str | None:
+    """How weights of `dtype` are multiplied unless the user says otherwise; a value of `quantization`, None for float32 activations.
+
+    bfloat16 weights meet bfloat16 activations where the processor multiplies such pairs in one instruction, as in every other engine
+    that runs a bfloat16 model; elsewhere rounding the activations would gain nothing.
+    """
+    paired = "avx512_bf16" in build.cpu_flags().split() and os.environ.get("WAGER_ISA", "avx512") in (
+        "avx512",
+        "native",
+    )
+    if dtype == torch.bfloat16 and device.type == "cpu" and paired and choice().form == "native":
+        return "w16a16"
+    return None
+
+
+def _form(name: str, x: Tensor, *others: Tensor) -> Callable[..., Any]:
+    """The function that serves these tensors; gradients and unknown dtypes go to the reference."""
+    if x.device.type == "cpu":
+        known = all(t.dtype in native.SUFFIX and not t.requires_grad for t in others)
+        return getattr(native if known and _use_native(x) else reference, name)
+    forms = gpu_forms() if x.device.type == "cuda" and not any(t.requires_grad for t in (x, *others)) else None
+    return getattr(forms or reference, name)
+
+
+def _either(name: str) -> Callable[..., Any]:
+    """An operator whose first argument decides the form; weights must be of a dtype the native form knows."""
+
+    def operator(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _form(name, x, *[a for a in args if isinstance(a, Tensor)])(x, *args, **kwargs)
+
+    operator.__name__ = operator.__qualname__ = name
+    operator.__doc__ = getattr(reference, name).__doc__
+    return operator
+
+
+rms_norm = _either("rms_norm")
+rms_norm_residual = _either("rms_norm_residual")
+silu_mul = _either("silu_mul")
+gelu_tanh_mul = _either("gelu_tanh_mul")
+apply_rope = _either("apply_rope")
+
+
+def write_kv(new_TGK: Tensor, pool_SGK: Tensor, slots_T: Tensor) -> None:
+    _form("write_kv", new_TGK, pool_SGK)(new_TGK, pool_SGK, slots_T)
+
+
+def paged_attention(q_THK: Tensor, k_pool_SGK: Tensor, v_pool_SGV: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _form("paged_attention", q_THK, k_pool_SGK)(q_THK, k_pool_SGK, v_pool_SGV, *args, **kwargs)
+
+
+write_kv.__doc__ = reference.write_kv.__doc__
+paged_attention.__doc__ = reference.paged_attention.__doc__
+
+if os.environ.get("WAGER_CANDIDATES"):
+    importlib.import_module("wager.kernels.referee.injection").install(globals())

@@ -1,0 +1,128 @@
+"""`python -m wager.models.demo --out DIR`: train a target and its draft from nothing, and measure them.
+
+The default is the shipped pair; `--preset large` makes a bigger one, for a GPU or for patience.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tokenizers
+import torch
+import typer
+
+from wager.models.demo.corpus import documents
+from wager.models.demo.dataset import write_streams
+from wager.models.demo.evaluate import evaluate_pair, format_table
+from wager.models.demo.export import save_description
+from wager.models.demo.tokenizer import train_tokenizer
+from wager.models.demo.train import Recipe, train
+
+
+@dataclass(frozen=True)
+class Size:
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    vocab: int
+    target: Size
+    draft: Size
+    target_tokens: int
+    draft_tokens: int
+
+
+PRESETS = {
+    "demo": Preset(4096, Size(384, 1024, 5, 6, 2), Size(192, 512, 2, 3, 1), 16_000_000, 8_000_000),
+    "large": Preset(8192, Size(640, 1792, 10, 10, 2), Size(256, 704, 2, 4, 2), 200_000_000, 60_000_000),
+}
+
+
+def model_config(size: Size, vocab: int, max_positions: int = 2048) -> dict[str, Any]:
+    """config.json of a Llama-layout model with tied embeddings."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.hidden // size.heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_positions,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "dtype": "bfloat16",
+    }
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="where the pair and the token streams go")],
+    preset: Annotated[str, typer.Option(help=f"one of {', '.join(PRESETS)}")] = "demo",
+    data: Annotated[
+        Path | None, typer.Option(help="folder with wikitext2/valid.txt; without it only Python's own library is read")
+    ] = None,
+    target_minutes: Annotated[float | None, typer.Option(help="wall-clock limit of the target's training")] = None,
+    draft_minutes: Annotated[float | None, typer.Option(help="wall-clock limit of the draft's training")] = None,
+    scale: Annotated[float, typer.Option(help="factor on the training tokens")] = 1.0,
+    processes: Annotated[
+        int | None, typer.Option(help="data-parallel processes; default: one a core, one in all on a GPU")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="corpus, target, draft or evaluate: run one stage on what is already there")
+    ] = None,
+) -> None:
+    """Corpus, tokenizer, target, draft, held-out losses: each stage leaves its files in --out."""
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"{preset!r} is unknown; use one of {', '.join(PRESETS)}", param_hint="--preset")
+    chosen = PRESETS[preset]
+    cuda = torch.cuda.is_available()
+    common = {"device": "cuda" if cuda else "cpu", "processes": processes or (1 if cuda else os.cpu_count() or 1)}
+    streams = out / "streams"
+    streams.mkdir(parents=True, exist_ok=True)
+    stages = {only} if only else {"corpus", "target", "draft", "evaluate"}
+    configs = {
+        "demo": model_config(chosen.target, chosen.vocab),
+        "demo-draft": model_config(chosen.draft, chosen.vocab),
+    }
+    if "corpus" in stages:
+        _corpus(chosen.vocab, data, streams, {out / name: config for name, config in configs.items()})
+    target = Recipe(int(chosen.target_tokens * scale), minutes=target_minutes, **common)
+    if "target" in stages:
+        train(configs["demo"], streams / "train.npy", out / "demo", target)
+    if "draft" in stages:
+        draft = Recipe(
+            int(chosen.draft_tokens * scale), minutes=draft_minutes, seed=1, teacher=str(out / "demo"), **common
+        )
+        train(configs["demo-draft"], streams / "train.npy", out / "demo-draft", draft)
+    if "evaluate" in stages:
+        report = evaluate_pair(out / "demo", out / "demo-draft", streams)
+        (out / "evaluation.json").write_text(json.dumps({"recipe": asdict(target), **report}, indent=2) + "\n")
+        typer.echo(format_table(report))
+
+
+def _corpus(vocab: int, data: Path | None, streams: Path, configs: dict[Path, dict[str, Any]]) -> None:
+    corpus = list(documents(data))
+    tokenizer: tokenizers.Tokenizer = train_tokenizer((d.text for d in corpus if not d.held_out), vocab)
+    for directory, config in configs.items():
+        save_description(config, tokenizer, directory)
+    sizes = write_streams(corpus, tokenizer, streams)
+    typer.echo("tokens: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+
+
+if __name__ == "__main__":
+    typer.run(main)

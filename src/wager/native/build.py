@@ -1,0 +1,125 @@
+"""The build service: C++ sources in, a loaded shared library out.
+
+Libraries are named by a hash over sources, flags, compiler and CPU, so a stale one can never be loaded. Concurrent processes build under a
+lock and publish by renaming. Functions have a plain C interface and are called through ctypes, which releases the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from wager.errors import BuildError
+
+BASE_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-fopenmp")
+
+
+def load(name: str, sources: Sequence[Path], flags: Sequence[str] = (), march: str = "native") -> ctypes.CDLL:
+    """Build (if no earlier build matches) and load. Headers beside the sources count as sources. `march` is the compiler's -march.
+
+    Raises BuildError with the compiler's first complaint, or when there is no compiler.
+    """
+    library = build(name, sources, flags, march)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise BuildError(f"{library} cannot be loaded: {error}; delete it to build it again") from None
+
+
+def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), march: str = "native") -> Path:
+    """The library's path; compiles when it is not in the cache."""
+    compiler = find_compiler()
+    command = [*BASE_FLAGS, f"-march={march}", *flags]
+    library = cache_dir() / f"{name}-{_fingerprint(compiler, sources, command)}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(library.with_suffix(".lock")):
+        if not library.exists():
+            _compile(compiler, command, sources, library)
+    return library
+
+
+def find_compiler() -> str:
+    """CXX if set, else the first of c++, g++, clang++ on the path."""
+    for candidate in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if candidate and shutil.which(candidate):
+            return candidate
+    raise BuildError("no C++ compiler found (set CXX, or install g++ or clang++)")
+
+
+def cache_dir() -> Path:
+    """WAGER_CACHE, else the user's cache directory."""
+    root = os.environ.get("WAGER_CACHE")
+    if root:
+        return Path(root) / "native"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wager" / "native"
+
+
+def _compile(compiler: str, flags: Sequence[str], sources: Sequence[Path], library: Path) -> None:
+    temporary = library.with_suffix(f".{os.getpid()}.tmp")
+    command = [compiler, *flags, *map(str, sources), "-o", str(temporary)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{compiler} could not be run: {error}") from None
+    if done.returncode != 0:
+        temporary.unlink(missing_ok=True)
+        complaints = (
+            [line for line in done.stderr.splitlines() if "error:" in line]
+            or done.stderr.splitlines()
+            or ["no message"]
+        )
+        raise BuildError(f"{compiler} failed on {library.stem}: {complaints[0]}")
+    temporary.replace(library)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _fingerprint(compiler: str, sources: Sequence[Path], flags: Sequence[str]) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    headers = {header for source in sources for header in Path(source).parent.glob("*.h")}
+    for path in [*sources, *sorted(headers)]:
+        digest.update(Path(path).read_bytes())
+    digest.update("\0".join((compiler_version(compiler), cpu_flags(), *flags)).encode())
+    return digest.hexdigest()
+
+
+@cache
+def compiler_version(compiler: str) -> str:
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+    return done.stdout.splitlines()[0] if done.stdout else compiler
+
+
+@cache
+def cpu_flags() -> str:
+    """What -march=native depends on: the processor's feature list."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return os.uname().machine
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith(("flags", "Features"))), os.uname().machine
+    )
+
+
+def isa() -> str:
+    """The vector instructions that native code will use here, widest first: avx512, avx2, avx, neon or baseline."""
+    flags = set(cpu_flags().split())
+    for feature, name in (("avx512f", "avx512"), ("avx2", "avx2"), ("avx", "avx"), ("asimd", "neon")):
+        if feature in flags:
+            return name
+    return "baseline"

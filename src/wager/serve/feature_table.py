@@ -1,0 +1,265 @@
+"""The rows of the feature registry, in the order of the survey's taxonomy (arXiv 2312.15234), then what servers are expected to have.
+
+A row with an implementation is a claim that tests check. A row without one says why the engine does not have it.
+"""
+
+from __future__ import annotations
+
+from wager.serve.features import Exactness, Feature, register
+
+EXACT, SAME, APPROX, NONE = Exactness.EXACT, Exactness.DISTRIBUTION, Exactness.APPROXIMATE, Exactness.NONE
+
+ENGINE = "tests/serve/test_engine.py::"
+ASYNC = "tests/serve/test_async_llm.py::"
+RUNNER = "tests/serve/test_runner.py::"
+BLOCKS = "tests/serve/cache/test_block_manager.py::"
+SCHEDULER = "tests/serve/schedule/test_continuous.py::"
+SAMPLER = "tests/serve/sampling/test_sampler.py::"
+GRAMMAR = "tests/serve/sampling/test_grammar.py::"
+VERIFY = "tests/serve/speculate/test_verify.py::"
+DETOKENIZE = "tests/serve/text/test_detokenize.py::"
+TEMPLATE = "tests/serve/text/test_chat_template.py::"
+LOADER = "tests/models/test_loader.py::"
+LORA = "tests/serve/test_lora.py::"
+LATER = "to come as a system of its own, see `wager systems`"
+
+
+METHODS = "tests/serve/speculate/test_methods.py::"
+SUFFIX = "tests/serve/speculate/test_suffix_tree.py::"
+
+
+def absent(id_: str, branch: str, title: str, why: str) -> Feature:
+    return Feature(id_, branch, title, note=why)
+
+
+DECODING = (
+    Feature(
+        "speculative_draft_model", "algorithm/decoding", "speculative decoding with a draft model", SAME,
+        ("speculative_config",), "wager.serve.speculate.draft_model:ModelChainDrafter",
+        (ENGINE + "test_speculation_keeps_every_token", ENGINE + "test_perfect_draft_takes_fewer_steps",
+         VERIFY + "test_outputs_follow_the_targets_joint_distribution"),
+        note="greedy output is identical; sampled output has the same distribution",
+        enabled_when=lambda c: bool(c.speculative_config),
+    ),
+    Feature(
+        "tree_verification", "algorithm/decoding", "token-tree verification in one forward pass", EXACT, (),
+        "wager.serve.token_tree:TokenTree",
+        (RUNNER + "test_every_node_of_a_tree_sees_exactly_its_path", RUNNER + "test_an_accepted_path_becomes_context"),
+        note="every batch is a ragged list of spans with an ancestor mask; chains and single tokens are trees",
+    ),
+    Feature(
+        "parallel_sampling", "algorithm/decoding", "parallel sampling (n > 1) on one prefill", EXACT, ("n",),
+        "wager.serve.params:SamplingParams.n", (ENGINE + "test_n_continuations_are_independent_and_share_the_prompt",),
+    ),
+    Feature(
+        "structured_outputs", "algorithm/decoding", "constrained decoding: JSON schema, regex, choice, grammar", EXACT,
+        ("structured_outputs", "response_format"), "wager.serve.sampling.grammar:GrammarCompiler",
+        (ENGINE + "test_structured_output_parses", GRAMMAR + "test_every_completed_output_validates_against_its_schema",
+         GRAMMAR + "test_masks_after_guesses_are_those_after_commits_and_leave_no_trace"),
+        note="compiled by llguidance beside the steps, rolled back with rejected drafts",
+    ),
+    absent("speculative_heads", "algorithm/decoding", "speculation with trained heads (Medusa, EAGLE, MTP)", LATER),
+    Feature(
+        "speculative_model_free", "algorithm/decoding", "model-free speculation (n-gram, suffix tree)", EXACT,
+        ("speculative_config",), "wager.serve.speculate.suffix:SuffixDrafter",
+        (METHODS + "test_matching_methods_keep_seeded_samples", SUFFIX + "test_drafts_score_what_brute_force_scores"),
+        enabled_when=lambda c: any(s.method in ("suffix", "ngram") for s in c.speculative_config),
+    ),
+    Feature(
+        "speculative_trees", "algorithm/decoding", "token trees: SpecInfer, Sequoia, SpecExec", SAME,
+        ("speculative_config", "speculative_method"), "wager.serve.speculate.speculator:Speculator",
+        (METHODS + "test_greedy_text_is_that_of_plain_decoding", METHODS + "test_sampled_texts_have_the_target_law"),
+        note="greedy output is identical; sampled output has the same distribution; SpecExec's is identical seed for seed",
+        enabled_when=lambda c: any(s.method in ("specinfer", "sequoia", "specexec") for s in c.speculative_config),
+    ),
+    Feature(
+        "speculation_gate", "algorithm/decoding", "speculation switched off by measurement where it does not pay", EXACT,
+        ("speculative_config.auto", "speculative_config.disable_by_batch_size"), "wager.serve.speculate.gate:Gate",
+        ("tests/serve/speculate/test_drafters.py::test_the_gate_keeps_drafts_that_pay_and_drops_those_that_do_not",),
+        enabled_when=lambda c: any(s.auto for s in c.speculative_config),
+    ),
+    absent("step_speculation", "algorithm/decoding", "step-level speculation for reasoning", LATER),
+    absent("lookahead", "algorithm/decoding", "parallel decoding (Jacobi, lookahead)", "draft models cover its use"),
+    absent("early_exit", "algorithm/decoding", "early exit and layer skipping", "needs checkpoints trained for it"),
+    absent("cascade", "algorithm/decoding", "cascade of models by confidence", "a router in front of two servers does it"),
+    absent("beam_search", "algorithm/decoding", "beam search", "OpenAI clients have no field for it"),
+)  # fmt: skip
+
+ARCHITECTURE = (
+    Feature(
+        "sliding_window", "algorithm/architecture", "sliding-window layers that release blocks behind the window", EXACT, (),
+        "wager.serve.cache.pool:groups_for",
+        (BLOCKS + "test_window_layers_give_blocks_back_while_the_sequence_runs", "tests/models/test_families.py::test_family"),
+    ),
+    absent("sparse_attention", "algorithm/architecture", "dynamic sparse attention", LATER),
+    absent("kv_eviction", "algorithm/architecture", "KV eviction and compression", LATER),
+    absent("recurrent", "algorithm/architecture", "recurrent and hybrid models (Mamba, RWKV)", "no state cache yet"),
+)  # fmt: skip
+
+QUANTIZED = (
+    "tests/kernels/test_quantized.py::test_equals_its_definition",
+    "tests/kernels/test_quantized.py::test_error_of_normal_weights_is_what_the_bits_allow",
+    "tests/kernels/test_quantized_engine.py::test_a_quantized_engine",
+)
+QUANTIZATION = (
+    Feature(
+        "weight_quantization", "system/quantization", "weight-only quantization", APPROX, ("quantization",),
+        note="no kernel reads quantized weights yet; every name is refused",
+    ),
+    Feature(
+        "half_precision", "system/quantization", "bfloat16 and float16 weights and cache", EXACT, ("dtype",),
+        "wager.serve.config:EngineConfig.dtype",
+        (LOADER + "test_half_precision_serves_what_float32_does_within_rounding", LOADER + "test_dtype_is_the_checkpoints_or_the_callers"),
+        note="the checkpoint's own precision unless dtype says otherwise",
+    ),
+    absent("kv_quantization", "system/quantization", "quantized KV cache", "the cache keeps the model's precision"),
+    Feature(
+        "w8a8", "system/quantization", "int8 activations (w8a8, w4a8) and bfloat16 ones (w16a16)", APPROX, ("quantization",),
+        "wager.kernels.quantize:round_activations", QUANTIZED, note="int8 values with a scale per group of inputs; no fp8",
+        enabled_when=lambda c: c.quantization in ("w8a8", "w4a8", "w16a16"),
+    ),
+)  # fmt: skip
+
+PARALLEL = (
+    absent("tensor_parallel", "system/parallelism", "tensor parallelism", "one process computes on one device"),
+    absent("pipeline_parallel", "system/parallelism", "pipeline parallelism", LATER),
+    absent("disaggregation", "system/parallelism", "prefill and decode on separate machines", LATER),
+)  # fmt: skip
+
+MEMORY = (
+    Feature(
+        "paged_kv", "system/memory", "paged KV cache with reference counts", EXACT, ("block_size", "kv_cache_memory"),
+        "wager.serve.cache.block_manager:BlockManager",
+        (ENGINE + "test_scheduling_never_changes_greedy_tokens", ENGINE + "test_random_aborts_leak_nothing_and_disturb_nobody"),
+    ),
+    Feature(
+        "prefix_cache", "system/memory", "prefix reuse by hash-chained blocks", EXACT,
+        ("enable_prefix_caching", "cache_salt"), "wager.serve.cache.block_manager:BlockManager",
+        (ENGINE + "test_prefix_cache_serves_a_second_turn", BLOCKS + "test_without_pressure_the_longest_common_prefix_is_found",
+         BLOCKS + "test_eviction_takes_the_least_recently_released_and_tails_before_heads"),
+        note="requests with prompt_logprobs or a pooled embedding compute every position and share with nobody",
+        enabled_when=lambda c: c.enable_prefix_caching,
+    ),
+    Feature(
+        "fork", "system/memory", "copy-on-write fork and truncate", EXACT, (), "wager.serve.cache.block_manager:BlockManager.fork",
+        (ENGINE + "test_n_continuations_are_independent_and_share_the_prompt", BLOCKS + "test_a_forked_tail_is_copied_once_and_only_when_written"),
+    ),
+    Feature(
+        "lora", "system/memory", "LoRA adapters per request, loaded and unloaded at run time", EXACT,
+        ("max_loras", "lora_modules"), "wager.serve.lora:AdapterBatch",
+        (LORA + "test_logprobs_equal_pefts_merged_model", LORA + "test_different_adapters_and_none_share_a_batch",
+         LORA + "test_loading_and_unloading_while_requests_run"),
+    ),
+    Feature(
+        "weight_offload", "system/memory", "layers streamed from disk through a ring of buffers", EXACT,
+        ("offload_layers", "offload_file", "offload_bytes_per_s"), "wager.serve.offload:LayerRing",
+        ("tests/serve/test_offload.py::test_streamed_layers_compute_the_same_bits",),
+        enabled_when=lambda c: c.offload_layers > 0,
+    ),
+    Feature(
+        "mmap_loading", "system/memory", "streamed loading of sharded checkpoints", EXACT, (), "wager.models.loader:load_model",
+        (LOADER + "test_tensors_are_mapped_and_streamed", LOADER + "test_shards_load_as_the_whole_does"),
+    ),
+    absent("kv_offload", "system/memory", "KV offload to host, disk or remote", "export and import of blocks exist; no tier uses them"),
+)  # fmt: skip
+
+SCHEDULING = (
+    Feature(
+        "continuous_batching", "system/scheduling", "continuous batching", EXACT, ("max_num_seqs", "max_queue"),
+        "wager.serve.schedule.continuous:ContinuousScheduler",
+        (ENGINE + "test_scheduling_never_changes_greedy_tokens", SCHEDULER + "test_every_request_completes_within_limits_under_any_load"),
+    ),
+    Feature(
+        "chunked_prefill", "system/scheduling", "chunked prefill mixed with decodes", EXACT,
+        ("max_num_batched_tokens", "long_prefill_threshold"), "wager.serve.schedule.continuous:ContinuousScheduler",
+        (ENGINE + "test_scheduling_never_changes_greedy_tokens", SCHEDULER + "test_decodes_go_on_while_a_long_prompt_is_chunked"),
+    ),
+    Feature(
+        "preemption", "system/scheduling", "preemption by recompute", EXACT, (),
+        "wager.serve.schedule.continuous:ContinuousScheduler",
+        (ENGINE + "test_preemption_happens_and_resumes", SCHEDULER + "test_the_latest_is_preempted_recomputed_and_first_in_line_again"),
+    ),
+    Feature(
+        "priority", "system/scheduling", "priority scheduling", EXACT, ("scheduling_policy", "priority"),
+        "wager.serve.schedule.continuous:ContinuousScheduler",
+        (SCHEDULER + "test_lower_priority_values_run_first_and_ties_by_arrival", SCHEDULER + "test_priority_decides_who_is_preempted",
+         SCHEDULER + "test_low_priority_does_not_starve"),
+    ),
+    absent("slo_scheduling", "system/scheduling", "scheduling by latency targets", LATER),
+    absent("co_serving", "system/scheduling", "co-serving with finetuning", LATER),
+    absent("overlap_scheduling", "system/scheduling", "scheduling the next step while one runs",
+           "scheduling takes well under a millisecond; nothing to hide on a CPU"),
+)  # fmt: skip
+
+KERNELS = (
+    Feature(
+        "ragged_batches", "system/kernels", "variable-length packing without padding", EXACT, (), "wager.serve.runner:ModelRunner",
+        (ENGINE + "test_scheduling_never_changes_greedy_tokens",),
+    ),
+    absent("graph_capture", "system/kernels", "graph capture", "native kernels on CPU have no launch overhead to hide"),
+)  # fmt: skip
+
+GENERATION = (
+    Feature(
+        "sampling", "service/generation", "temperature, top-p, top-k, min-p, penalties, bias, bad words, allowed tokens", EXACT,
+        ("temperature", "top_p", "top_k", "min_p", "logit_bias"), "wager.serve.sampling.sampler:Sampler",
+        (SAMPLER + "test_samples_follow_the_reference_distribution", SAMPLER + "test_distributions_equal_the_reference_row_by_row"),
+    ),
+    Feature(
+        "seeds", "service/generation", "reproducible samples per request, whatever else is in the batch", EXACT, ("seed",),
+        "wager.serve.sampling.sampler:Sampler",
+        (ENGINE + "test_seeded_samples_do_not_depend_on_the_batch",
+         SAMPLER + "test_a_seeded_request_draws_the_same_whatever_else_is_in_the_batch"),
+    ),
+    Feature(
+        "logprobs", "service/generation", "logprobs and prompt logprobs", EXACT, ("logprobs", "prompt_logprobs"),
+        "wager.serve.params:SamplingParams.prompt_logprobs",
+        (ENGINE + "test_logprobs_equal_teacher_forcing", ENGINE + "test_echo_loglikelihood_needs_no_output"),
+    ),
+    Feature(
+        "stop_strings", "service/generation", "stop strings and stop tokens", EXACT, ("stop", "stop_token_ids"),
+        "wager.serve.params:SamplingParams.stop",
+        (ENGINE + "test_stop_strings_and_stop_tokens", DETOKENIZE + "test_stop_strings_across_token_borders_never_leak"),
+    ),
+    Feature(
+        "embeddings", "service/generation", "embeddings from the last hidden states", EXACT, ("pooling",),
+        "wager.serve.llm:LLM.embed", (ENGINE + "test_embeddings_are_the_normalised_mean_of_hidden_states",),
+    ),
+    Feature(
+        "streaming", "service/generation", "streaming deltas that add up to the whole text", EXACT, ("stream",),
+        "wager.serve.llm:AsyncLLM.generate", (ASYNC + "test_deltas_concatenate_to_the_final_text", ASYNC + "test_many_streams_do_not_mix",
+         DETOKENIZE + "test_pieces_of_any_text_add_up"),
+    ),
+    absent("multimodal", "service/generation", "image, audio and video input", "text models only"),
+)  # fmt: skip
+
+OPERATION = (
+    Feature(
+        "cancellation", "service/operation", "cancellation frees a request's cache", EXACT, (), "wager.serve.llm:AsyncLLM.abort",
+        (ASYNC + "test_closing_a_stream_frees_its_blocks",),
+    ),
+    Feature(
+        "admission", "service/operation", "bounded queue, refusal with Retry-After", NONE, ("max_queue",),
+        "wager.errors:CapacityError", (ASYNC + "test_full_queue_is_refused_and_loses_nothing",),
+    ),
+    Feature(
+        "drain", "service/operation", "graceful drain at shutdown", NONE, (), "wager.serve.llm:AsyncLLM.shutdown",
+        (ASYNC + "test_shutdown_drains_then_refuses",),
+    ),
+    Feature(
+        "token_id_io", "service/operation", "token ids in and out, without a tokenizer", EXACT, ("skip_tokenizer_init",),
+        "wager.serve.config:EngineConfig.skip_tokenizer_init", (ENGINE + "test_bad_requests_name_the_value",),
+        enabled_when=lambda c: c.skip_tokenizer_init,
+    ),
+    Feature(
+        "chat_template", "service/operation", "a chat template of the user's own", EXACT, ("chat_template",),
+        "wager.serve.text.tokenizer:Tokenizer",
+        (TEMPLATE + "test_a_template_of_the_users_own_serves", TEMPLATE + "test_renders_what_transformers_renders",
+         TEMPLATE + "test_the_sandbox_refuses_tricks_and_failures_are_the_callers"),
+        enabled_when=lambda c: c.chat_template is not None,
+        conflicts=(("token_id_io", "rendering a conversation needs the tokenizer"),),
+    ),
+)  # fmt: skip
+
+for rows in (DECODING, ARCHITECTURE, QUANTIZATION, PARALLEL, MEMORY, SCHEDULING, KERNELS, GENERATION, OPERATION):
+    register(*rows)

@@ -1,0 +1,177 @@
+"""Validates what callers ask and makes requests of it; shared by LLM, AsyncLLM and through them the HTTP server."""
+
+from __future__ import annotations
+
+import time
+
+from wager.errors import UsageError
+from wager.serve.build import Engine
+from wager.serve.generation import Generation
+from wager.serve.params import SamplingParams
+from wager.serve.request import Request
+
+MAX_N = 256
+
+
+class Frontend:
+    """Turns (prompt, params) into a Generation and hands its requests to the core."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.generations: dict[str, Generation] = {}
+
+    def tokenize(self, prompt: str | list[int], truncate: int | None = None) -> tuple[str | None, list[int]]:
+        """(text, token ids) of a prompt. Raises UsageError for ids outside the vocabulary or text without a tokenizer."""
+        tokenizer = self.engine.tokenizer
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise UsageError(
+                    "a text prompt needs a tokenizer: pass token ids or drop skip_tokenizer_init", param="prompt"
+                )
+            text, token_ids = prompt, tokenizer.encode(prompt)
+        else:
+            text, token_ids = None, list(prompt)
+            vocab = self.engine.vocab_size
+            wrong = next((t for t in token_ids if not 0 <= t < vocab), None)
+            if wrong is not None:
+                raise UsageError(f"token id {wrong} is outside the vocabulary of {vocab} tokens", param="prompt")
+        token_ids = token_ids[-truncate:] if truncate else token_ids
+        if not token_ids:
+            raise UsageError("the prompt has no tokens; give at least one", param="prompt")
+        return text, token_ids
+
+    def make(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        pooling: str | None = None,
+    ) -> Generation:
+        """Validate against the model's limits and build the n requests. Touches no engine state."""
+        engine = self.engine
+        if params.n > MAX_N:
+            raise UsageError(f"n must be at most {MAX_N}, got {params.n}", param="n")
+        version = self._adapter_version(adapter)
+        if params.structured_outputs is not None and engine.grammars is None:
+            raise UsageError(
+                "structured outputs need a tokenizer: drop skip_tokenizer_init", param="structured_outputs"
+            )
+        self._check_token_ids(params)
+        if engine.core.speculator is not None:
+            engine.core.speculator.check_method(params.speculative_method)
+        elif params.speculative_method not in (None, "none"):
+            raise UsageError(
+                f"speculative_method {params.speculative_method!r} needs an engine with a speculative_config",
+                param="speculative_method",
+            )
+        text, token_ids = self.tokenize(prompt, params.truncate_prompt_tokens)
+        limit = self._max_total_tokens(len(token_ids), params, pooling)
+        requests: list[Request] = []
+        for index in range(params.n):
+            requests.append(
+                Request(
+                    id=request_id if params.n == 1 else f"{request_id}/{index}",
+                    prompt_token_ids=token_ids,
+                    params=params,
+                    arrival_s=time.monotonic(),
+                    max_total_tokens=limit,
+                    generation_id=request_id,
+                    priority=priority,
+                    adapter=adapter,
+                    adapter_version=version,
+                    cache_salt=cache_salt,
+                    eos_token_ids=engine.eos_token_ids,
+                    index=index,
+                    shares_prompt_with=requests[0] if index else None,
+                    pooling=pooling,
+                )
+            )
+        return Generation(request_id, text, requests, engine.tokenizer)
+
+    def _max_total_tokens(self, num_prompt: int, params: SamplingParams, pooling: str | None) -> int:
+        longest = self.engine.max_model_len
+        wanted = 0 if pooling else params.max_tokens
+        generates = wanted is None or wanted > 0
+        if num_prompt + (wanted if wanted is not None else 1) > longest:
+            asked = f" and {wanted} in the completion" if wanted is not None and generates else ""
+            raise UsageError(
+                f"This model's maximum context length is {longest} tokens. However, you requested "
+                f"{num_prompt + (wanted or 0)} tokens ({num_prompt} in the prompt{asked}). "
+                "Shorten the prompt or the completion.",
+                param="messages" if not pooling else "input",
+                code="context_length_exceeded",
+            )
+        return longest if wanted is None else num_prompt + wanted
+
+    def _check_token_ids(self, params: SamplingParams) -> None:
+        vocab = self.engine.vocab_size
+        named = {
+            "logit_bias": params.logit_bias or (),
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "stop_token_ids": params.stop_token_ids,
+        }
+        for name, token_ids in named.items():
+            wrong = next((t for t in token_ids if not 0 <= t < vocab), None)
+            if wrong is not None:
+                raise UsageError(f"{name} names token {wrong}, outside the vocabulary of {vocab} tokens", param=name)
+
+    def _adapter_version(self, name: str | None) -> int:
+        if name is None:
+            return 0
+        adapter = self.engine.core.adapters.get(name)
+        if adapter is None:
+            raise UsageError(f"adapter {name!r} is not loaded; load it first", param="model", code="model_not_found")
+        return adapter.version
+
+    def submit(self, generation: Generation) -> None:
+        """Hand the requests to the core; on the engine's thread. An adapter that was replaced since `make` is taken as it is now."""
+        for request in generation.requests:
+            request.adapter_version = self._adapter_version(request.adapter)
+        if generation.request_id in self.generations:
+            raise UsageError(
+                f"request id {generation.request_id!r} is already running; use a fresh id", param="request_id"
+            )
+        params, engine = generation.params, self.engine
+        bad_words = self._bad_words(params)
+        self.generations[generation.request_id] = generation
+        for request in generation.requests:
+            grammar = (
+                engine.grammars.submit(params.structured_outputs)
+                if engine.grammars and params.structured_outputs
+                else None
+            )
+            engine.core.add(request, grammar, bad_words)
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        if not params.bad_words:
+            return []
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise UsageError("bad_words need a tokenizer: drop skip_tokenizer_init", param="bad_words")
+        forms = {form for word in params.bad_words for form in (word, " " + word.lstrip())}
+        return [tokenizer.encode(form, add_special_tokens=False) for form in sorted(forms)]
+
+    def step(self) -> list[tuple[Generation, object]]:
+        """One engine step; the outputs that callers should see, with their generation."""
+        core, outputs = self.engine.core, []
+        for done in core.step():
+            generation = self.generations.get(done.request.generation_id)
+            if generation is None:
+                continue
+            output = generation.update(done, core.finish)
+            if output is not None:
+                outputs.append((generation, output))
+            if generation.finished:
+                self.generations.pop(generation.request_id, None)
+        return outputs
+
+    def abort(self, request_id: str) -> Generation | None:
+        """End every unfinished choice of a generation; None when it is not running."""
+        generation = self.generations.pop(request_id, None)
+        if generation is not None:
+            generation.abort(self.engine.core.finish)
+        return generation

@@ -1,0 +1,33 @@
+"""uvicorn, but a stop signal first drains: running requests finish, new ones are told 503, and the process ends with status 0."""
+
+from __future__ import annotations
+
+import asyncio
+from types import FrameType
+
+import uvicorn
+
+from wager.serve.http.context import ServerContext
+
+
+class DrainingServer(uvicorn.Server):
+    """The listener stays open during the drain, so that clients and load balancers get an answer instead of a refused connection.
+
+    A second signal stops at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, context: ServerContext):
+        super().__init__(config)
+        self._context = context
+        self._drain: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._context.draining:
+            super().handle_exit(sig, frame)
+        self._context.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Every 0.1 s; True ends the server."""
+        if self._context.draining and self._drain is None:
+            self._drain = asyncio.create_task(self._context.stop())
+        return await super().on_tick(counter) or (self._drain is not None and self._drain.done())

@@ -1,0 +1,55 @@
+"""The drafter's side of speculation, as the engine sees it, and what several drafters share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from wager.serve.request import Request
+from wager.serve.sampling.rng import derive_seed, uniforms
+from wager.serve.token_tree import TokenTree
+
+DRAFT_STREAM = 0x5DEECE66D  # separates a request's drafting numbers from those it samples with
+
+
+class Drafter(Protocol):
+    """Proposes token trees. Drafters see requests and tokens only; what they must know about past steps they keep by request id.
+
+    Attributes:
+        num_tokens: most nodes of a proposed tree.
+        max_depth: most tokens of a root path.
+    """
+
+    num_tokens: int
+    max_depth: int
+
+    def propose(
+        self, requests: Sequence[Request], nodes: Sequence[int], depths: Sequence[int]
+    ) -> list[TokenTree | None]:
+        """One tree per request with at most nodes[i] nodes and depth depths[i]; None where there is no guess."""
+        ...
+
+    def committed(self, request: Request, path: Sequence[int]) -> None:
+        """The target accepted these nodes of the last proposal; request.token_ids already holds them and one more."""
+        ...
+
+    def remove(self, request: Request) -> None:
+        """The request has ended."""
+        ...
+
+
+@runtime_checkable
+class TimedDrafter(Protocol):
+    """A drafter that wants to know how long steps take that verify its trees."""
+
+    def timed(self, batch: int, step_ms: float) -> None:
+        """A step in which each of `batch` requests had a tree of this drafter took `step_ms`."""
+        ...
+
+
+def noise(seed: int, num_tokens: int, count: int) -> np.ndarray:
+    """`count` numbers in [0, 1) for drafting after `num_tokens` tokens: the same whatever else is in the batch."""
+    keys = np.full(count, derive_seed(seed ^ DRAFT_STREAM, num_tokens + 1), np.uint64)
+    return uniforms(keys, np.arange(count, dtype=np.uint64))

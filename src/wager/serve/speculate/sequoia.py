@@ -1,0 +1,240 @@
+"""Sequoia: static token trees chosen for this machine, filled by sampling without replacement (arXiv 2402.12374).
+
+For a user: set `{"method": "sequoia", "draft": ...}` and get the tree that decodes fastest here; no shape to tune. The tree comes from
+a file (`wager speculate plan`), or, with "tree": "auto", from times measured when the engine starts and acceptance counted while it
+serves, planned anew as counts grow and for each batch size.
+
+Exact: greedy output is identical; sampled output has the target's distribution, because children are verified by a rule that knows the
+law they were drawn from (`ratio.without_replacement`). Seeds give the same text only under the same trees.
+
+Shape legend: L rows, W vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wager.serve.request import Request
+from wager.serve.sampling.sampler import Row, Sampler
+from wager.serve.speculate.acceptance import AcceptanceCounter
+from wager.serve.speculate.draft_engine import DraftModel, NewNodes
+from wager.serve.speculate.drafter import noise
+from wager.serve.speculate.gate import Average
+from wager.serve.speculate.hardware_profile import HardwareProfile
+from wager.serve.speculate.ratio import draw_without_replacement, without_replacement
+from wager.serve.speculate.tree_plan import GrowMap, plan_tree
+from wager.serve.token_tree import TokenTree
+
+FIRST_REPLAN, MAX_REPLAN = 64, 4096  # decisions between two plans
+OVERHEAD_WEIGHT = 0.05  # of a new measurement; an outlier (another process, a collection) must not decide
+
+
+@dataclass
+class WithoutReplacement:
+    """Draft distributions of a tree's expanded rows: rows[r] is the index in probs_LW of span row r, -1 for rows without children."""
+
+    probs_LW: np.ndarray
+    rows: np.ndarray
+
+    def numbers(self, row: int, children: int) -> int:
+        return children + 1
+
+    def choose(
+        self, tree: TokenTree, row: int, children: Sequence[int], target_W: np.ndarray, uniforms: np.ndarray
+    ) -> tuple[int | None, int]:
+        tokens = [int(tree.tokens[c]) for c in children]
+        draft_W = self.probs_LW[self.rows[row]]
+        index, token = without_replacement(target_W, draft_W, tokens, uniforms)
+        return None if index is None else children[index], token
+
+
+class TreeChoice:
+    """Which tree to grow at which batch size: a fixed one, or planned from measured times and counted acceptance, which greedy and
+    sampled requests have each of their own."""
+
+    def __init__(
+        self, fixed: GrowMap | None, profile: HardwareProfile | None, max_size: int, max_depth: int, width: int
+    ):
+        assert fixed is not None or profile is not None
+        self.fixed, self.profile = fixed, profile
+        self.max_size, self.max_depth, self.width = max_size, max_depth, width
+        self.counters = {greedy: AcceptanceCounter(width) for greedy in (False, True)}
+        self._plans: dict[tuple[bool, int], GrowMap] = {}
+        self._next_plan = FIRST_REPLAN
+        self._overhead = Average()
+        self._last: tuple[int, GrowMap] | None = None
+
+    def timed(self, batch: int, step_ms: float) -> None:
+        """A step over the tree given out last took so long: learn what a drafted step costs beyond its passes."""
+        if self.profile is None or self._last is None or self._last[0] != batch:
+            return
+        tree = self._last[1]
+        passes_ms = self.profile.step_ms(batch, len(tree) + 1, tree.frontiers) - self.profile.overhead
+        self._overhead.add(max(0.0, step_ms - passes_ms), OVERHEAD_WEIGHT)
+
+    @property
+    def max_nodes(self) -> int:
+        return len(self.fixed) if self.fixed is not None else self.max_size - 1
+
+    @property
+    def deepest(self) -> int:
+        return self.fixed.depth if self.fixed is not None else self.max_depth
+
+    def decided(self, tree: GrowMap, greedy: bool, path: Sequence[int]) -> None:
+        """A tree was verified: count which child was accepted at each visited node, and that none was at the last."""
+        row = 0
+        for node in [*path, None]:
+            children = tree.children[row]
+            if children:
+                self.counters[greedy].add(len(children), None if node is None else children.index(node))
+            row = 0 if node is None else node + 1
+
+    def tree(self, batch: int, greedy: bool) -> GrowMap:
+        if self.fixed is not None:
+            return self.fixed
+        assert self.profile is not None
+        decisions = sum(counter.decisions for counter in self.counters.values())
+        if decisions >= self._next_plan:
+            self._next_plan = decisions + min(self._next_plan, MAX_REPLAN)
+            self._plans.clear()
+            if self._overhead.count:
+                self.profile = replace(self.profile, overhead=self._overhead.value)
+        size = 1 << max(batch - 1, 0).bit_length()  # one plan per power of two
+        if (greedy, size) not in self._plans:
+            tree = plan_tree(
+                self.counters[greedy].p.tolist(), self.profile, batch=size, max_size=self.max_size, max_depth=self.max_depth,
+                max_branch=self.width,
+            )  # fmt: skip
+            self._plans[greedy, size] = (
+                tree if len(tree) else GrowMap.chain(1)
+            )  # whether to draft at all is the gate's to say
+        self._last = (batch, self._plans[greedy, size])
+        return self._plans[greedy, size]
+
+
+class SequoiaDrafter:
+    """Grows the chosen tree level by level, all requests together."""
+
+    def __init__(self, draft: DraftModel, choice: TreeChoice, sampler: Sampler):
+        self.draft, self.choice, self.sampler = draft, choice, sampler
+        self._proposed: dict[str, _Growing] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        return self.choice.max_nodes
+
+    @property
+    def max_depth(self) -> int:
+        return self.choice.deepest
+
+    def propose(
+        self, requests: Sequence[Request], nodes: Sequence[int], depths: Sequence[int]
+    ) -> list[TokenTree | None]:
+        maps = [
+            self.choice.tree(len(requests), r.params.greedy).shrunk(n, d)
+            for r, n, d in zip(requests, nodes, depths, strict=True)
+        ]
+        computing = [sum(len(level.nodes) for level in m.levels) for m in maps]
+        ready, logits = self.draft.begin(requests, computing, [m.depth for m in maps])
+        growing = [_Growing(requests[i], maps[i], self.sampler.seed_of(requests[i])) for i in ready if len(maps[i])]
+        if logits is None or not growing:
+            return [None] * len(requests)
+        if len(growing) < len(ready):
+            logits = logits[torch.tensor([k for k, i in enumerate(ready) if len(maps[i])], device=logits.device)]
+        self._sample([(g, -1) for g in growing], logits)
+        level, active = 0, growing
+        while active := [g for g in active if level < len(g.map.levels)]:
+            logits = self.draft.grow([g.new_nodes(level) for g in active])
+            self._sample([(g, int(n)) for g in active for n in g.map.levels[level].nodes], logits)
+            level += 1
+        trees: list[TokenTree | None] = [None] * len(requests)
+        chosen = iter(growing)
+        for i in ready:
+            if len(maps[i]):
+                g = next(chosen)
+                trees[i] = g.tree()
+                self._proposed[requests[i].id] = g
+        return trees
+
+    def _sample(self, parents: Sequence[tuple[_Growing, int]], logits_LW: Tensor) -> None:
+        """Fill the children of (request, node) pairs from their logits rows."""
+        if any(self.sampler.shapes(g.request) for g, _ in parents):
+            logits_LW = self.sampler.shaped(logits_LW, [Row(g.request, g.path(node)) for g, node in parents])
+        greedy = [i for i, (g, _) in enumerate(parents) if g.request.params.greedy]
+        if greedy:
+            rows = logits_LW if len(greedy) == len(parents) else logits_LW[greedy]
+            width = max(len(parents[i][0].map.children[parents[i][1] + 1]) for i in greedy)
+            top = rows.topk(min(width, rows.shape[1]), dim=-1).indices.tolist()
+            for i, tokens in zip(greedy, top, strict=True):
+                parents[i][0].fill(parents[i][1], tokens, None)
+        hot = [i for i, (g, _) in enumerate(parents) if not g.request.params.greedy]
+        if hot:
+            rows = logits_LW if len(hot) == len(parents) else logits_LW[hot]
+            temperature = torch.tensor([parents[i][0].request.params.temperature for i in hot], device=rows.device)
+            probs_LW = torch.softmax(rows.double() / temperature[:, None], -1).cpu().numpy()
+            for i, probs_W in zip(hot, probs_LW, strict=True):
+                g, node = parents[i]
+                children = g.map.children[node + 1]
+                tokens = draw_without_replacement(probs_W, len(children), g.numbers(children))
+                g.fill(node, tokens, probs_W)
+
+    def committed(self, request: Request, path: Sequence[int]) -> None:
+        g = self._proposed.pop(request.id)
+        self.choice.decided(g.map, request.params.greedy, path)
+        self.draft.keep(request, [g.row_of[n] for n in path if n in g.row_of])
+
+    def timed(self, batch: int, step_ms: float) -> None:
+        self.choice.timed(batch, step_ms)
+
+    def remove(self, request: Request) -> None:
+        self._proposed.pop(request.id, None)
+        self.draft.remove(request)
+
+
+class _Growing:
+    """One request's tree while it is filled."""
+
+    def __init__(self, request: Request, map_: GrowMap, seed: int):
+        self.request, self.map = request, map_
+        self.tokens = np.zeros(len(map_), np.int64)
+        self.rows = np.full(len(map_) + 1, -1)
+        self.probs: list[np.ndarray] = []
+        self.row_of: dict[int, int] = {}
+        self._noise = None if request.params.greedy else noise(seed, request.num_tokens, len(map_))
+
+    def numbers(self, children: Sequence[int]) -> np.ndarray:
+        assert self._noise is not None
+        return self._noise[children]
+
+    def path(self, node: int) -> tuple[int, ...]:
+        """Guessed tokens from below the root down to `node`."""
+        steps: list[int] = []
+        while node >= 0:
+            steps.append(int(self.tokens[node]))
+            node = self.map.parents[node]
+        return tuple(steps[::-1])
+
+    def fill(self, node: int, tokens: Sequence[int], probs_W: np.ndarray | None) -> None:
+        children = self.map.children[node + 1]
+        self.tokens[children] = tokens[: len(children)]
+        if probs_W is not None:
+            self.rows[node + 1] = len(self.probs)
+            self.probs.append(probs_W)
+
+    def new_nodes(self, level: int) -> NewNodes:
+        step = self.map.levels[level]
+        for node in step.nodes.tolist():
+            self.row_of[node] = len(self.row_of)
+        depths = np.full(len(step.nodes), level + 1)
+        return NewNodes(self.request, self.tokens[step.nodes].tolist(), depths, step.visible)
+
+    def tree(self) -> TokenTree:
+        parents = np.asarray(self.map.parents, dtype=np.int32)
+        if self._noise is None:
+            return TokenTree(self.tokens, parents)
+        return TokenTree(self.tokens, parents, WithoutReplacement(np.stack(self.probs), self.rows))

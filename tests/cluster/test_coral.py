@@ -1,0 +1,237 @@
+"""Coral: templates equal to the paper's program and to brute force, the two stages together equal to one joint optimum, lawful plans."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wager.cluster.coral import baselines
+from wager.cluster.coral.allocate import Allocation, Allocator, Market, check, reconcile
+from wager.cluster.coral.stage import Configuration, Demand, stage_throughput
+from wager.cluster.coral.templates import (
+    Library,
+    best_rates,
+    build,
+    multisets,
+    set_partitions,
+    solve_template_ilp,
+    split,
+    undominated,
+)
+from wager.errors import UsageError, WagerError
+from wager.hardware.cluster import Device, Link
+from wager.hardware.layer_cost import ModelCard, Roofline
+from wager.solve import LinearModel, solve
+
+CARD = ModelCard("m", 5, 64, 1e9, 1e3)
+CONFIGURATIONS = tuple(
+    Configuration(Device(n, mem, 1e12, 1e14), c) for n, mem in (("x", 8e9), ("y", 5e9)) for c in (1,)
+)
+DEMAND = Demand(CARD, "decode", 1.0, 100.0)
+
+
+@st.composite
+def tables(draw, configurations=2, layers=4):
+    """Random non-rising tokens/s by layers, per number of stages."""
+    rows = {}
+    for stages in range(1, 5):
+        table = [
+            [0.0, *sorted((draw(st.integers(0, 60)) for _ in range(layers)), reverse=True)]
+            for _ in range(configurations)
+        ]
+        rows[stages] = np.array(table, float)
+    return rows
+
+
+@settings(max_examples=12, deadline=None)
+@given(tables(), st.lists(st.integers(0, 1), min_size=1, max_size=3))
+def test_templates_equal_the_paper_program_and_brute_force(table, machines):
+    """The paper's program gives every stage a layer; a template may also leave a stage empty, so it is at least as good."""
+    layers = 4
+    everywhere, program = {}, {}
+    for partition in set_partitions(len(machines)):
+        stages = max(partition) + 1
+        groups = [[c for c, s in zip(machines, partition, strict=True) if s == stage] for stage in range(stages)]
+        rates = np.stack([table[stages][g].sum(0) for g in groups])[:, None, :]
+        splits = [js for js in itertools.product(range(layers + 1), repeat=stages) if sum(js) == layers]
+        values = {js: min(rates[s, 0, j] for s, j in enumerate(js) if j) for js in splits}
+        assert best_rates(rates, layers)[0] == pytest.approx(max(values.values()))
+        full = max((v for js, v in values.items() if min(js)), default=0.0)
+        everywhere[stages] = max(everywhere.get(stages, 0.0), full)
+    for stages, value in everywhere.items():
+        program[stages] = solve_template_ilp(table[stages], machines, stages)
+        assert program[stages] == pytest.approx(value, abs=1e-4)  # the solver keeps rows to 1e-6
+
+
+def library(rates_by_counts, demand=DEMAND):
+    counts = np.array(list(rates_by_counts))
+    return Library(demand, counts, np.array(list(rates_by_counts.values()), float), np.zeros((len(counts), 3), int))
+
+
+def test_split_covers_every_layer_at_the_promised_rate():
+    roofline = Roofline(0.5, 0.5, 1e-4)
+
+    def table(stages):
+        return np.stack([stage_throughput(DEMAND, c, stages, roofline, Link(1e9, 1e-3)) for c in CONFIGURATIONS])
+
+    lib = build(DEMAND, CONFIGURATIONS, table, max_nodes=3)
+    assert len(lib)
+    for u in range(len(lib)):
+        stages = split(lib, u, table)
+        assert sum(k for _, k in stages) == CARD.layers
+        used = int(lib.stages_UN[u].max()) + 1
+        assert min(table(used)[g, k].sum() for g, k in stages) >= lib.rates_U[u] * (1 - 1e-9)
+
+
+def test_stage_throughput_respects_memory_latency_and_layers():
+    roofline = Roofline(0.5, 0.5, 1e-4)
+    small, large = CONFIGURATIONS[1], CONFIGURATIONS[0]
+    rate = stage_throughput(DEMAND, small, 1, roofline, Link(1e9))
+    assert rate[4] > 0 == rate[5]  # 0.9 * 5 GB hold four layers of 1 GB and some KV
+    assert (np.diff(rate[1:]) <= 0).all() and (stage_throughput(DEMAND, large, 1, roofline, Link(1e9)) >= rate).all()
+    tight = Demand(CARD, "decode", 0.012, 1.0)
+    assert (
+        stage_throughput(tight, large, 1, roofline, Link(1e9))
+        <= stage_throughput(DEMAND, large, 1, roofline, Link(1e9))
+    ).all()
+    assert stage_throughput(Demand(CARD, "decode", 1e-4, 1.0), large, 1, roofline, Link(1e9)).max() == 0
+    with pytest.raises(UsageError, match="training"):
+        Demand(CARD, "training", 1.0, 1.0)
+
+
+def complete_library(table, demand, max_nodes=3):
+    counts = {}
+    for row in multisets(2, max_nodes):
+        machines = [int(c) for c in row if c < 2]
+        best = 0.0
+        for partition in set_partitions(len(machines)):
+            stages = max(partition) + 1
+            groups = [[c for c, s in zip(machines, partition, strict=True) if s == x] for x in range(stages)]
+            best = max(best, best_rates(np.stack([table[stages][g].sum(0) for g in groups])[:, None, :], 4)[0])
+        if best > 0:
+            counts[machines.count(0), machines.count(1)] = best
+    return library(counts, demand) if counts else None
+
+
+def joint_optimum(libraries, market, current=None, share=0.0):
+    """Every template of every demand in every region in one integer program."""
+    program, use = LinearModel(), {}
+    serve = [[] for _ in libraries]
+    for d, lib in enumerate(libraries):
+        for u in range(len(lib)):
+            for r in range(len(market.regions)):
+                price = float(lib.counts_UC[u] @ market.price_RC[r])
+                have = (current or {}).get((d, r, u), 0)
+                for most, cost in ((have, price), (float("inf"), price * (1 + share))):
+                    c = program.add("", 0, most, cost, integer=True)
+                    serve[d].append((c, lib.rates_U[u]))
+                    for k in range(2):
+                        use.setdefault((r, k), []).append((c, float(lib.counts_UC[u, k])))
+    for lib, terms in zip(libraries, serve, strict=True):
+        program.row(terms, lower=lib.demand.tokens_per_s)
+    for (r, k), terms in use.items():
+        program.row(terms, upper=float(market.stock_RC[r, k]))
+    return solve(program).value
+
+
+def market(stock, prices=((2.0, 1.1), (2.3, 0.9))):
+    return Market(("r0", "r1"), CONFIGURATIONS, np.array(stock, float), np.array(prices))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    tables(), tables(), st.lists(st.integers(0, 9), min_size=4, max_size=4), st.integers(1, 120), st.integers(1, 120)
+)
+def test_two_stages_equal_the_joint_optimum(first, second, stock, rate0, rate1):
+    libraries = [
+        complete_library(t, Demand(CARD, "decode", 1.0, float(r))) for t, r in ((first, rate0), (second, rate1))
+    ]
+    if None in libraries:
+        return
+    rent = market([stock[:2], stock[2:]])
+    joint = joint_optimum(libraries, rent)
+    try:
+        found = Allocator(libraries, rent).allocate(gap=0.0, time_limit_s=20)
+    except WagerError:
+        assert joint is None
+        return
+    check(found, libraries, rent)
+    assert found.bound <= found.objective + 1e-6
+    if joint is None:
+        assert found.factor < 1
+    else:
+        assert found.factor == 1 and found.usd_per_h == pytest.approx(joint)
+        for policy in baselines.POLICIES:
+            other = baselines.greedy(libraries, rent, policy)
+            assert other.factor < 1 - 1e-9 or other.usd_per_h >= found.usd_per_h - 1e-6
+
+
+@settings(max_examples=12, deadline=None)
+@given(tables())
+def test_dominated_templates_are_replaced_by_smaller_ones(table):
+    lib = complete_library(table, DEMAND)
+    if lib is None:
+        return
+    kept = set(undominated(lib).tolist())
+    for u in set(range(len(lib))) - kept:
+        others = [v for v in range(len(lib)) if v != u and (lib.counts_UC[v] <= lib.counts_UC[u]).all()]
+        pairs = [
+            lib.rates_U[a] + lib.rates_U[b]
+            for a in others
+            for b in others
+            if (lib.counts_UC[a] + lib.counts_UC[b] <= lib.counts_UC[u]).all()
+        ]
+        assert max([lib.rates_U[v] for v in others] + pairs) >= lib.rates_U[u] * (1 - 1e-9)
+
+
+SIMPLE = library({(1, 0): 40.0, (0, 1): 15.0, (1, 1): 60.0, (0, 2): 31.0})
+
+
+def cost(stock, rate, current=None, share=0.0):
+    lib = Library(Demand(CARD, "decode", 1.0, rate), SIMPLE.counts_UC, SIMPLE.rates_U, SIMPLE.stages_UN)
+    return Allocator([lib], market(stock), share).allocate(current, gap=0.0)
+
+
+def test_more_stock_never_costs_more_and_more_demand_never_less():
+    by_stock = [cost([[n, n], [n, n]], 200.0).usd_per_h for n in (3, 4, 6, 20)]
+    assert by_stock == sorted(by_stock, reverse=True)
+    by_demand = [cost([[9, 9], [9, 9]], r).usd_per_h for r in (10.0, 100.0, 250.0, 400.0)]
+    assert by_demand == sorted(by_demand)
+
+
+def test_a_large_start_up_penalty_keeps_the_running_plan():
+    calm = cost([[9, 9], [9, 9]], 100.0)
+    dear = {(0, 0, 1): 7}  # seven slow machines in r0: dearer, but they run
+    assert cost([[9, 9], [9, 9]], 100.0, dear, share=0.0).running == calm.running
+    kept = cost([[9, 9], [9, 9]], 100.0, dear, share=100.0)
+    assert kept.running == dear and kept.penalty_usd == 0
+    change = reconcile(dear, calm.running)
+    assert change.drain == {(0, 0, 1): 7 - calm.running.get((0, 0, 1), 0)} and change.start
+
+
+def test_the_penalty_is_in_the_joint_optimum_too():
+    lib = Library(Demand(CARD, "decode", 1.0, 100.0), SIMPLE.counts_UC, SIMPLE.rates_U, SIMPLE.stages_UN)
+    rent, current = market([[9, 9], [9, 9]]), {(0, 0, 1): 4}
+    found = Allocator([lib], rent, 0.3).allocate(current, gap=0.0)
+    assert found.objective == pytest.approx(joint_optimum([lib], rent, current, 0.3))
+
+
+def test_scarce_stock_scales_every_demand_and_says_what_is_scarce():
+    found = cost([[1, 0], [0, 1]], 1000.0)
+    assert found.factor == pytest.approx(0.055, rel=1e-3)  # 40 + 15 of 1000
+    with pytest.raises(WagerError, match="no part"):
+        cost([[0, 0], [0, 0]], 10.0)
+    tight = cost([[3, 0], [0, 0]], 115.0)
+    assert tight.factor == 1 and tight.usd_per_h == pytest.approx(6.0)
+
+
+def test_check_catches_a_wrong_plan():
+    lib, rent = SIMPLE, market([[1, 1], [1, 1]])
+    with pytest.raises(WagerError, match="rents 9"):
+        check(Allocation({(0, 0, 0): 9}, 18.0, 0, 0, 1.0, 0, 0, False), [lib], rent)
+    with pytest.raises(WagerError, match="promised"):
+        check(Allocation({(0, 0, 0): 1}, 2.0, 0, 0, 1.0, 0, 0, False), [lib], rent)
+    with pytest.raises(WagerError, match="cost"):
+        check(Allocation({(0, 0, 0): 1}, 1.0, 0, 0, 0.1, 0, 0, False), [lib], rent)

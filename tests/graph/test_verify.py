@@ -1,0 +1,176 @@
+"""Verifiers: published graphs are accepted, mutants rejected, the measured false-accept rate stays below its bound."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tests.graph.mutants import mutants
+from wager.graph import published
+from wager.graph.domains import FiniteField, field_primes, is_prime
+from wager.graph.interpret import random_inputs, run
+from wager.graph.operators import ShapeError
+from wager.graph.program import BlockBuilder, Builder, Program, from_json, to_json
+from wager.graph.verify.family import prove
+from wager.graph.verify.finite_field import trial_bound, verify
+from wager.graph.verify.floating import compare
+from wager.graph.verify.twin import shrink
+
+
+def norm_kernel(tokens: int = 4, hidden: int = 16, out: int = 12, grid: int = 3, loop: int = 4) -> Program:
+    """matmul(rms_norm(x), w) as one kernel that divides after the product."""
+    b = Builder()
+    x, w = b.input((tokens, hidden)), b.input((hidden, out))
+    k = BlockBuilder([(tokens, hidden), (hidden, out)], (grid, 1, 1), loop)
+    xt, wt = k.input(0, (-1, -1, -1), 1), k.input(1, (1, -1, -1), 0)
+    root, product = k.accum_rms(xt), k.accum(k.matmul(xt, wt))
+    k.output(k.div(product, root), (1, -1, -1))
+    return b.build(*b.kernel([x, w], k.build()))
+
+
+def attention_kernel(loop: int = 4) -> Program:
+    shapes = [(2, 8, 4), (2, 4, 16), (2, 16, 4)]
+    b = Builder()
+    args = [b.input(s) for s in shapes]
+    k = BlockBuilder(shapes, (2, 4, 1), loop)
+    q, key, v = k.input(0, (0, 1, -1)), k.input(1, (0, -1, -1), 2), k.input(2, (0, -1, -1), 1)
+    e = k.exp(k.matmul(q, key))
+    k.output(k.div(k.accum(k.matmul(e, v)), k.accum_sum(e)), (0, 1, -1))
+    return b.build(*b.kernel(args, k.build()))
+
+
+def twins() -> list[tuple[Program, Program]]:
+    """Generated stand-ins for the published graphs: (reference, fused)."""
+    return [
+        (published.rmsnorm_matmul(4, 16, 12), norm_kernel()),
+        (published.attention(2, 8, 16, 4), attention_kernel()),
+    ]
+
+
+@pytest.mark.parametrize("reference, fused", twins())
+def test_fused_kernels_verify_prove_and_agree_in_floats(reference, fused, rng):
+    assert verify(reference, fused, rng, full_size=True)
+    assert prove(reference, fused) == ""
+    inputs = random_inputs(reference, rng)
+    assert compare(reference, inputs, [o.astype(np.float32) for o in run(fused, inputs)])
+
+
+@pytest.mark.parametrize("reference, fused", twins())
+def test_every_single_edit_mutant_is_rejected(reference, fused, rng):
+    inputs, seen = random_inputs(reference, rng), 0
+    want = run(reference, inputs)[0]
+    for name, mutant in mutants(fused):
+        if mutant.output_shapes == reference.output_shapes and np.allclose(run(mutant, inputs)[0], want, rtol=1e-9):
+            continue  # a true identity
+        seen += 1
+        assert not verify(reference, mutant, rng, max_trials=3), name
+        assert prove(reference, mutant) != "", name
+    assert seen >= 4
+
+
+def test_all_published_graphs_verify_and_are_proved(compilers_data, rng):
+    count = 0
+    for name, make in published.PROGRAMS.items():
+        reference = make()
+        for graph in published.load(compilers_data / "mugraphs" / f"{name}.json"):
+            assert verify(reference, graph, rng, max_trials=3), (name, count)
+            assert prove(reference, graph) == "", (name, count)
+            count += 1
+    assert count == 105
+
+
+def test_every_mutant_of_published_graphs_is_rejected(compilers_data, rng):
+    rejected = 0
+    for name, make in published.PROGRAMS.items():
+        reference = make()
+        for graph in published.load(compilers_data / "mugraphs" / f"{name}.json")[::6]:
+            for edit, mutant in mutants(graph):
+                if mutant.output_shapes != reference.output_shapes:
+                    rejected += 1
+                    continue
+                try:
+                    small, changed = shrink(reference, mutant)
+                except ShapeError:
+                    continue  # would be checked at full size: too slow for a test
+                if not verify(reference, mutant, rng, max_trials=2):
+                    rejected += 1
+                    continue
+                inputs = random_inputs(small, rng)
+                same = np.allclose(run(small, inputs)[0], run(changed, inputs)[0], rtol=1e-8)
+                assert same, f"{name}: {edit} was accepted but differs"
+    assert rejected > 60
+
+
+def test_false_accepts_stay_below_the_bound_and_fall_with_trials(rng):
+    """Pairs that differ: x*y + x against x*y + y, in a tiny field, where accidents happen."""
+    a, b = Builder(), Builder()
+    x, y = a.input((1,)), a.input((1,))
+    left = a.build(a.add("add", [a.mul(x, y), x]))
+    x, y = b.input((1,)), b.input((1,))
+    right = b.build(b.add("add", [b.mul(x, y), y]))
+    primes, rounds = (23, 11), 1500
+    accepted = sum(bool(verify(left, right, rng, max_trials=1, target=0.0, primes=primes)) for _ in range(rounds))
+    bound = trial_bound(2, 0, primes[1])
+    assert stats.binomtest(accepted, rounds, bound, alternative="greater").pvalue > 1e-3
+    assert accepted > 0  # the field is small enough that accidents do happen
+    twice = sum(bool(verify(left, right, rng, max_trials=2, target=0.0, primes=primes)) for _ in range(rounds))
+    assert twice < accepted / 2
+
+
+def test_exponentials_of_equal_sums_agree_and_different_ones_do_not(rng):
+    def build(flip: bool) -> Program:
+        b = Builder()
+        x, y = b.input((3,)), b.input((3,))
+        return b.build(b.mul(b.exp(x), b.exp(y)) if flip else b.exp(b.add("add", [x, y])))
+
+    assert verify(build(True), build(False), rng)
+    b = Builder()
+    x, y = b.input((3,)), b.input((3,))
+    assert not verify(build(False), b.build(b.exp(b.mul(x, y))), rng)
+
+
+def test_second_exponential_on_a_path_is_refused(rng):
+    from wager.graph.domains import NotInDomain
+
+    b = Builder()
+    x = b.input((2,))
+    program = b.build(b.exp(b.exp(x)))
+    with pytest.raises(NotInDomain, match="second exp"):
+        verify(program, program, rng)
+
+
+def test_primes_and_exact_modular_products(rng):
+    p, q = field_primes()
+    assert is_prime(p) and is_prime(q) and (p - 1) % q == 0 and p > 10**6 and q > 10**5
+    field = FiniteField(rng)
+    a, b = field.random((3, 4096)), field.random((4096, 2))
+    exact = (a.p.astype(object) @ b.p.astype(object)) % p
+    assert np.array_equal(field.matmul(a, b).p, exact.astype(np.int64))
+
+
+def test_float_check_passes_reordered_sums_and_rejects_an_epsilon_bug(rng):
+    reference = published.rmsnorm_matmul(4, 1024, 8)
+    inputs = [x.astype(np.float32) for x in random_inputs(reference, rng, 0.01)]
+    x, w = inputs
+    norm = np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True))
+    chunks = sum((x[:, i : i + 64] @ w[i : i + 64]) for i in range(960, -1, -64))
+    assert compare(reference, inputs, [(chunks / norm).astype(np.float32)])
+    wrong = (x @ w) / np.sqrt(norm**2 + 1e-5)
+    assert not compare(reference, inputs, [wrong.astype(np.float32)])
+
+
+def test_programs_survive_json():
+    program = norm_kernel()
+    assert from_json(to_json(program)) == program
+
+
+def test_intervals_enclose_the_values(rng):
+    from wager.graph.domains import Interval, Range
+
+    program = published.gated_mlp(3, 5, 4)
+    inputs = random_inputs(program, rng)
+    boxes = run(program, [Range(x - 0.1, x + 0.1) for x in inputs], Interval())[0]
+    for _ in range(20):
+        value = run(program, [x + rng.uniform(-0.1, 0.1, x.shape) for x in inputs])[0]
+        assert np.all((boxes.low <= value) & (value <= boxes.high))
