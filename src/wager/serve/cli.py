@@ -107,18 +107,10 @@ def run_server(
     log_level: str,
 ) -> None:
     """Listen at once, load behind /health, stop gracefully on SIGTERM or SIGINT."""
-    import signal
-    import socket
-
-    import uvicorn
-
     from wager.serve.config import EngineConfig
-    from wager.serve.http.app import create_app
     from wager.serve.http.metrics import ServerMetrics
-    from wager.serve.http.server import DrainingServer
     from wager.serve.llm import AsyncLLM
 
-    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     EngineConfig(model=model, **engine)  # a wrong option fails here, before anything listens
 
     def load(metrics: ServerMetrics) -> AsyncLLM:
@@ -132,6 +124,20 @@ def run_server(
         print(f"ready: {llm.served_name}{note}, context {llm.max_model_len} tokens", flush=True)
         return llm
 
+    listen(load, model, settings, host, port, log_level)
+
+
+def listen(load: Any, model: str, settings: Any, host: str, port: int, log_level: str) -> None:
+    """Serve what `load` (given the server's metrics) returns: an AsyncLLM or what has its face."""
+    import signal
+    import socket
+
+    import uvicorn
+
+    from wager.serve.http.app import create_app
+    from wager.serve.http.server import DrainingServer
+
+    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

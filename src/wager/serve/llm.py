@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wager.errors import CapacityError, UsageError, WagerError
-from wager.serve.build import build_engine
+from wager.serve.build import Engine, build_engine
 from wager.serve.config import EngineConfig
 from wager.serve.frontend import Frontend
 from wager.serve.generation import Generation
@@ -159,9 +159,11 @@ class AsyncLLM:
         *,
         served_model_name: str | None = None,
         observers: Sequence[Observer] = (),
+        engine: Engine | None = None,
         **options: Any,
     ):
-        self.engine = build_engine(EngineConfig(model=model, **options), observers)
+        """engine: one that was built elsewhere, e.g. over several processes; `options` are its own then."""
+        self.engine = engine or build_engine(EngineConfig(model=model, **options), observers)
         self.frontend = Frontend(self.engine)
         self.served_name = served_model_name or model
         self.max_model_len = self.engine.max_model_len

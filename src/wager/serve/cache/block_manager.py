@@ -261,6 +261,12 @@ class BlockManager:
                 pool.forget(block)
         return True
 
+    def in_use(self, group: int) -> np.ndarray:
+        """int64 blocks of a group whose content matters: those that are held, then those only findable as a cached prefix."""
+        pool = self._pools[group]
+        held = [b for b, count in enumerate(pool.references) if count]
+        return np.array(held + [b for b in pool.free if pool.name_of[b] is not None], np.int64)
+
     @property
     def num_blocks(self) -> int:
         return min(pool.num_blocks for pool in self._pools)

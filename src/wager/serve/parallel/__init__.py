@@ -1,0 +1,1 @@
+"""One model over several processes: pipeline stages, each with its own layers, and tensor-parallel shards of layers."""
