@@ -49,7 +49,9 @@ def workload(requests: int, tokens: int, rng: np.random.Generator) -> tuple[list
     """Half of the requests are greedy, half sampled with a seed of their own."""
     prompts = [rng.integers(4, 4000, int(rng.integers(20, 200))).tolist() for _ in range(requests)]
     params = [
-        SamplingParams(temperature=0.0 if i % 2 else 0.9, seed=i, max_tokens=tokens, ignore_eos=True, output_kind=OutputKind.DELTA)
+        SamplingParams(
+            temperature=0.0 if i % 2 else 0.9, seed=i, max_tokens=tokens, ignore_eos=True, output_kind=OutputKind.DELTA
+        )
         for i in range(requests)
     ]
     return prompts, params
@@ -59,7 +61,9 @@ def under_fire(options: dict, prompts: list, params: list, kinds: list[str], see
     """Serve everything; shoot at random tokens of the stream."""
     rng = np.random.default_rng(seed)
     launcher = LocalLauncher()
-    engine, replica = deploy_engine(EngineConfig(model="demo", **options), stage_layers(LAYERS, STAGES), launcher, forget=forget)
+    engine, replica = deploy_engine(
+        EngineConfig(model="demo", **options), stage_layers(LAYERS, STAGES), launcher, forget=forget
+    )
     replica.notice_s = 2.0
     total = sum(p.max_tokens or 0 for p in params)
     run_all(engine, prompts[:2], [replace(p, max_tokens=8) for p in params[:2]])
@@ -110,7 +114,9 @@ def check(name: str, run: Run, expected: list[list[int]], shots: int) -> None:
     if wrong:
         raise WagerError(f"{name}: requests {wrong} did not stream the tokens of the undisturbed run")
     if run.generated != sum(map(len, expected)):
-        raise WagerError(f"{name}: {run.generated} tokens were generated for {sum(map(len, expected))} that were wanted")
+        raise WagerError(
+            f"{name}: {run.generated} tokens were generated for {sum(map(len, expected))} that were wanted"
+        )
     if len(run.shots) != shots:
         raise WagerError(f"{name}: only {len(run.shots)} of {shots} shots were fired")
 
@@ -124,7 +130,10 @@ def plot(run: Run, restart: Run, path: Path) -> None:
 
     figure, axes = plt.subplots(2, 1, figsize=(9, 5.4), sharex=True)
     for axis, one, title in zip(
-        axes, (run, restart), ("context daemon: state outlives the process", "restart: weights from disk, requests computed again"), strict=True
+        axes,
+        (run, restart),
+        ("context daemon: state outlives the process", "restart: weights from disk, requests computed again"),
+        strict=True,
     ):
         axis.plot(one.token_s, np.arange(1, len(one.token_s) + 1), lw=1.6, color="#1f5fa8")
         seen = set()

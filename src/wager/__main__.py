@@ -2,4 +2,5 @@
 
 from wager.cli import main
 
-main()
+if __name__ == "__main__":  # processes that a deployment forks import this module too
+    main()

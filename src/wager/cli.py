@@ -31,7 +31,9 @@ COMMANDS = {
     "bench": Mount("wager.serve.bench.cli:app", "Measure a server (serve) or the engine (latency, throughput).", SERVE),
     "plan": Mount("wager.cluster.cli:app:plan", "Plan where a model's layers go, or which machines to rent.", SERVE),
     "simulate": Mount("wager.cluster.cli:app:simulate", "Serve a trace on a plan under a virtual clock.", SERVE),
-    "deploy": Mount("wager.cluster.deploy.cli:app:deploy", "Run a plan: stages in processes, an OpenAI API in front.", SERVE),
+    "deploy": Mount(
+        "wager.cluster.deploy.cli:app:deploy", "Run a plan: stages in processes, an OpenAI API in front.", SERVE
+    ),
     "cluster": Mount("wager.cluster.cli:app", "Plan, price and simulate serving on many machines.", SERVE),
     "speculate": Mount(
         "wager.serve.speculate.cli:app",

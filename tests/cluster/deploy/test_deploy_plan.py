@@ -73,7 +73,7 @@ def test_a_planners_file_is_a_deployment(tmp_path):
         ('name = "n1"', 'name = "n1"\nreplica = "a"', 8, "either every node"),
         ("layers = 5", "layers = 0", 2, "at least 1"),
         ("layers = 5", "", None, "layers = ... is missing"),
-        ("[[node]]\nname = \"n1\"", "[[nodes]]\nname = \"n1\"", 13, "did you mean node"),
+        ('[[node]]\nname = "n1"', '[[nodes]]\nname = "n1"', 13, "did you mean node"),
         ('machine = "cpu"', "machine = ", None, "is not TOML"),
         ('machine = "cpu"', "machine = 3", 10, "of type str"),
     ],

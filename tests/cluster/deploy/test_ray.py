@@ -18,7 +18,9 @@ def ray_launcher():
     from wager.cluster.deploy.ray_process import RayLauncher
 
     # the cluster's processes import this checkout, whatever is installed
-    os.environ["PYTHONPATH"] = os.pathsep.join([os.path.abspath("src"), os.path.abspath("."), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [os.path.abspath("src"), os.path.abspath("."), os.environ.get("PYTHONPATH", "")]
+    )
     launcher = RayLauncher()
     yield launcher
     launcher.close()

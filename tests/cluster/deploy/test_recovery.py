@@ -31,7 +31,10 @@ def test_killed_twice_each_token_streams_once(local_pipeline, undisturbed):
     run_all(engine, PROMPTS, [replace(p, output_kind=OutputKind.DELTA) for p in PARAMS], client)
     assert [streamed[i] for i in range(len(PROMPTS))] == undisturbed
     assert engine.core.generation_tokens_total - computed == TOKENS * len(PROMPTS)
-    assert [(e.kind, e.stage, e.weights_from) for e in replica.events[before:]] == [("kill", 0, "memory"), ("kill", 1, "memory")]
+    assert [(e.kind, e.stage, e.weights_from) for e in replica.events[before:]] == [
+        ("kill", 0, "memory"),
+        ("kill", 1, "memory"),
+    ]
     assert engine.core.tokens_computed_again == 0
 
 
@@ -77,8 +80,8 @@ def test_a_lost_machine_is_replaced_and_its_tokens_computed_again(local_pipeline
 
 def test_hidden_rows_and_prompt_logprobs_travel(local_pipeline):
     engine, _ = local_pipeline
-    from wager.serve.llm import LLM
     from tests.cluster.deploy.conftest import OPTIONS
+    from wager.serve.llm import LLM
 
     params = replace(PARAMS[0], max_tokens=4, logprobs=2, prompt_logprobs=1)
     ours = run_all(engine, PROMPTS[:1], [params])[0]

@@ -14,14 +14,26 @@ from wager.serve.parallel.stage import DONE_STEP, WEIGHTS_READY, Stage, StageSpe
 from wager.serve.parallel.wire import PACKET_BYTES, pack, unpack
 from wager.serve.runner import ModelRunner, SpanInput
 
-CASES = ["llama-llama3", "mistral-window", "qwen2-tied", "qwen3-moe", "gemma3", "gpt2", "gpt-neox", "deepseek-v3", "olmo2", "phi3"]
+CASES = [
+    "llama-llama3",
+    "mistral-window",
+    "qwen2-tied",
+    "qwen3-moe",
+    "gemma3",
+    "gpt2",
+    "gpt-neox",
+    "deepseek-v3",
+    "olmo2",
+    "phi3",
+]
 BLOCKS, BLOCK = 12, 4
 
 
 def spans(lengths, contexts):
     rng = np.random.default_rng(0)
     return [
-        SpanInput(f"s{i}", rng.integers(0, 200, n).tolist(), c, None, 1) for i, (n, c) in enumerate(zip(lengths, contexts, strict=True))
+        SpanInput(f"s{i}", rng.integers(0, 200, n).tolist(), c, None, 1)
+        for i, (n, c) in enumerate(zip(lengths, contexts, strict=True))
     ]
 
 

@@ -18,12 +18,18 @@ def _group() -> None: ...
 
 @app.command()
 def deploy(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan in TOML: one [[node]] per stage, and a [deploy] section")],
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="a plan in TOML: one [[node]] per stage, and a [deploy] section")
+    ],
     launcher: Annotated[str, typer.Option(help="ray (a cluster) or local (processes of this machine)")] = "ray",
-    address: Annotated[str | None, typer.Option(help="ray: of a running cluster, e.g. auto; left out, one starts here")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="ray: of a running cluster, e.g. auto; left out, one starts here")
+    ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free port")] = 8000,
-    api_key: Annotated[list[str] | None, typer.Option(help="accepted bearer key; may be repeated; also WAGER_API_KEY")] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="accepted bearer key; may be repeated; also WAGER_API_KEY")
+    ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="the name clients use")] = None,
     drain: Annotated[float, typer.Option(help="seconds that running requests get after SIGTERM")] = 30.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
@@ -54,7 +60,9 @@ def deploy(
         from wager.cluster.deploy.run import start
 
         llm = start(loaded, make_launcher(launcher, address), served_model_name, [metrics])
-        print(f"ready: {llm.served_name}, {len(loaded.replicas)} replicas, context {llm.max_model_len} tokens", flush=True)
+        print(
+            f"ready: {llm.served_name}, {len(loaded.replicas)} replicas, context {llm.max_model_len} tokens", flush=True
+        )
         return llm
 
     listen(load, loaded.checkpoint, ServerSettings(api_keys=keys, drain_s=drain), host, port, log_level)

@@ -20,11 +20,11 @@ from wager.serve.cache.block_manager import BlockManager
 from wager.serve.cache.pool import KVPool, groups_for
 from wager.serve.config import EngineConfig
 from wager.serve.core import EngineCore, Progress
+from wager.serve.frontend import Frontend
 from wager.serve.generation import Generation
+from wager.serve.llm import AsyncLLM
 from wager.serve.observe import Observer
 from wager.serve.outputs import RequestOutput
-from wager.serve.frontend import Frontend
-from wager.serve.llm import AsyncLLM
 from wager.serve.parallel.pipeline import KVLost, PipelineRunner
 from wager.serve.parallel.stage import StageSpec, skeleton
 from wager.serve.request import Request, Status
@@ -165,10 +165,14 @@ class DeployedLLM(AsyncLLM):
         self.replica.close()
 
 
-def run_all(engine: Engine, prompts: Sequence[Any], params: Sequence[Any], on_output: Any = None) -> list[RequestOutput]:
+def run_all(
+    engine: Engine, prompts: Sequence[Any], params: Sequence[Any], on_output: Any = None
+) -> list[RequestOutput]:
     """Complete prompts on this thread, e.g. to compare a pipeline with one process; outputs in order. on_output: sees each as it comes."""
     frontend = Frontend(engine)
-    made: list[Generation] = [frontend.make(p, q, f"run-{i}") for i, (p, q) in enumerate(zip(prompts, params, strict=True))]
+    made: list[Generation] = [
+        frontend.make(p, q, f"run-{i}") for i, (p, q) in enumerate(zip(prompts, params, strict=True))
+    ]
     last: dict[str, Any] = {}
     for one in made:
         frontend.submit(one)
@@ -184,7 +188,9 @@ def _check_cover(stages: Sequence[tuple[int, int]], layers: int) -> None:
     at = 0
     for first, last in stages:
         if first != at or last <= first:
-            raise UsageError(f"the stage of layers [{first}, {last}) does not begin where the stage before ends, at layer {at}")
+            raise UsageError(
+                f"the stage of layers [{first}, {last}) does not begin where the stage before ends, at layer {at}"
+            )
         at = last
     if at != layers:
         raise UsageError(f"the stages hold layers up to {at}, the model has {layers}")

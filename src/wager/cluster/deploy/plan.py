@@ -165,14 +165,18 @@ def _check_node(at: Located, node: Mapping[str, Any], number: int, layers: int, 
     if node["name"] in earlier:
         raise at.error(at.key("name", header), f"the node {node['name']} is there twice; rename one")
     if node.get("weight", 1.0) <= 0:
-        raise at.error(at.key("weight", header), f"weight = {node['weight']} must be positive; remove the node to idle it")
+        raise at.error(
+            at.key("weight", header), f"weight = {node['weight']} must be positive; remove the node to idle it"
+        )
 
 
 def _replicas(at: Located, nodes: list[dict], layers: int) -> tuple[tuple[ReplicaPlan, ...], tuple[str, ...]]:
     named = [n for n in nodes if "replica" in n]
     if named and len(named) < len(nodes):
         number = next(i for i, n in enumerate(nodes) if "replica" not in n)
-        raise at.error(at.header("node", number), "either every node names its replica or none does; add replica = \"...\"")
+        raise at.error(
+            at.header("node", number), 'either every node names its replica or none does; add replica = "..."'
+        )
     if not named:
         return form_pipelines(at, nodes, layers)
     groups: dict[str, list[dict]] = {}
@@ -198,7 +202,8 @@ def _replicas(at: Located, nodes: list[dict], layers: int) -> tuple[tuple[Replic
             done = last
         if done < layers:
             raise at.error(
-                at.header("node", nodes.index(members[-1])), f"in replica {name} no node holds layer {done}; widen the last one"
+                at.header("node", nodes.index(members[-1])),
+                f"in replica {name} no node holds layer {done}; widen the last one",
             )
         replicas.append(_replica(name, chain))
     return tuple(replicas), ()

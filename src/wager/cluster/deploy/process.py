@@ -118,7 +118,9 @@ class LocalLauncher:
 
     def start(self, make: Callable[..., Any], *args: Any, beside: Any = None, resource: str | None = None) -> LocalHost:
         if resource is not None:
-            raise UsageError(f"resource = {resource!r} names a machine of a Ray cluster; deploy with --launcher ray, or drop it")
+            raise UsageError(
+                f"resource = {resource!r} names a machine of a Ray cluster; deploy with --launcher ray, or drop it"
+            )
         host = LocalHost(self._context, make, args)
         self._hosts = [h for h in self._hosts if h.alive] + [host]
         return host

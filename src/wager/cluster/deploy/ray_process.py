@@ -59,7 +59,9 @@ class RayHost:
             error = done.exception()
             if error is not None:
                 self._dead = True
-                result.set_exception(ProcessDied(f"the actor of process {self.pid} is gone: {str(error).splitlines()[0]}"))
+                result.set_exception(
+                    ProcessDied(f"the actor of process {self.pid} is gone: {str(error).splitlines()[0]}")
+                )
                 return
             ok, value = done.result()
             result.set_result(value) if ok else result.set_exception(WagerError(value))

@@ -132,7 +132,9 @@ class Replica:
             for index, place in enumerate(self.places):
                 if not place.worker.alive:
                     self._restart(index, place)
-        raise WagerError(f"the stages of replica {self.name} could not be connected in {ATTEMPTS} attempts; see their machines")
+        raise WagerError(
+            f"the stages of replica {self.name} could not be connected in {ATTEMPTS} attempts; see their machines"
+        )
 
     def _restart(self, index: int, place: Place) -> None:
         """A new process over what the daemon holds; on another machine, from disk, when the daemon is gone too."""
@@ -246,7 +248,9 @@ class Replica:
         self._repair()
         runner.group = self._connect()
         place = self.places[one.stage]
-        self._note("migrate" if moved else "lost", one.stage, time.perf_counter() - begun, place.loaded["weights_from"], moved)
+        self._note(
+            "migrate" if moved else "lost", one.stage, time.perf_counter() - begun, place.loaded["weights_from"], moved
+        )
         if int(place.loaded["step"]) < runner.step:
             raise KVLost(runner.group)
 

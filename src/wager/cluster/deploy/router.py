@@ -49,7 +49,9 @@ class RoutedLLM:
         self.max_model_len, self.tokenizer = first.max_model_len, first.tokenizer
         self.generation_defaults = first.generation_defaults
 
-    async def generate(self, prompt: Prompt, params: SamplingParams, request_id: str, **options: Any) -> AsyncIterator[RequestOutput]:
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncIterator[RequestOutput]:
         count = len(prompt) if isinstance(prompt, list) else len(prompt) // 4 + 1
         wanted = ASSUMED_OUTPUT_TOKENS if params.max_tokens is None else params.max_tokens
         chosen = self._choose(count + wanted * params.n)
@@ -87,7 +89,10 @@ class RoutedLLM:
         """Sums over the replicas; the fullest KV cache."""
         each = [r.stats() for r in self.replicas]
         return EngineStats(
-            **{f.name: (max if f.name == "kv_usage" else sum)(getattr(s, f.name) for s in each) for f in fields(EngineStats)}
+            **{
+                f.name: (max if f.name == "kv_usage" else sum)(getattr(s, f.name) for s in each)
+                for f in fields(EngineStats)
+            }
         )
 
     @property

@@ -28,7 +28,9 @@ class Deployment(RoutedLLM):
         self.launcher.close()
 
 
-def start(plan: DeployPlan, launcher: Launcher, name: str | None = None, observers: Sequence[Observer] = ()) -> Deployment:
+def start(
+    plan: DeployPlan, launcher: Launcher, name: str | None = None, observers: Sequence[Observer] = ()
+) -> Deployment:
     """Load every stage of every replica at once. Raises UsageError when the checkpoint has another number of layers than the plan."""
     layers = len(skeleton(plan.checkpoint)[0].attention)
     if layers != plan.layers:

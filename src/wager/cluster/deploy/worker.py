@@ -32,7 +32,11 @@ class StageWorker:
         memory = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
         self.stage = Stage(self.spec, memory)
         source = self.stage.load()
-        return {"weights_from": source, "seconds": time.perf_counter() - begun, "step": int(self.stage.ledger[DONE_STEP])}
+        return {
+            "weights_from": source,
+            "seconds": time.perf_counter() - begun,
+            "step": int(self.stage.ledger[DONE_STEP]),
+        }
 
     def serve(self, host: str, port: int, name: str, rank: int, size: int) -> str:
         assert self.stage is not None
@@ -53,7 +57,9 @@ class StageWorker:
         group.close()
         return sent + self.stage.weight_bytes
 
-    def receive_state(self, host: str, port: int, name: str, blocks: list[np.ndarray], path: str, size: int) -> dict[str, Any]:
+    def receive_state(
+        self, host: str, port: int, name: str, blocks: list[np.ndarray], path: str, size: int
+    ) -> dict[str, Any]:
         """Take what `send_state` sends into a fresh segment, and load from it."""
         group = Group(host, port, name, RECEIVER, 2)
         stage = Stage(self.spec, torch.from_file(path, shared=True, size=size, dtype=torch.uint8))

@@ -92,14 +92,14 @@ class PipelineRunner(ModelRunner):
         self.step_s = 0.0  # a running mean
         self._logits: tuple[Tensor, Tensor] | None = None
 
-    def build(
-        self, inputs: Sequence[SpanInput], adapters: Callable[[Tensor], Adapters | None] | None = None
-    ) -> Any:
+    def build(self, inputs: Sequence[SpanInput], adapters: Callable[[Tensor], Adapters | None] | None = None) -> Any:
         if adapters is not None:
             raise UsageError("adapters are not served by a pipeline of processes", param="model")
         runs = deal(inputs, self.micro_batches)
         whole = super().build(inputs)
-        return MicroBatches(whole, (whole,) if len(runs) == 1 else tuple(super(PipelineRunner, self).build(r) for r in runs))
+        return MicroBatches(
+            whole, (whole,) if len(runs) == 1 else tuple(super(PipelineRunner, self).build(r) for r in runs)
+        )
 
     def forward(self, batch: Any) -> Tensor:
         """Hidden rows [T, D] if they are wanted, else [T, 0]; the logits of the batch's rows are kept for `logits`."""
@@ -169,7 +169,9 @@ class PipelineRunner(ModelRunner):
                 hiddens.append(group.receive(torch.empty(part.num_tokens, self.model.hidden_size), last))
             if count:
                 logits.append(group.receive(torch.empty(count, self.model.vocab_size), last))
-        group.receive(torch.empty(1, dtype=torch.int64), last)  # the step is done everywhere: every stage has its keys and values
+        group.receive(
+            torch.empty(1, dtype=torch.int64), last
+        )  # the step is done everywhere: every stage has its keys and values
         group.settle()
         none = torch.empty(batch.whole.num_tokens, 0)
         return torch.cat(hiddens) if hidden else none, torch.cat(logits) if logits else torch.empty(0, 0)

@@ -162,7 +162,9 @@ class Stage:
         self.weight_bytes = weight_bytes(self.model)
         self.memory = torch.empty(self.bytes_needed, dtype=torch.uint8, device="meta") if memory is None else memory
         if len(self.memory) < self.bytes_needed:
-            raise UsageError(f"a stage of {self.bytes_needed} bytes does not fit into {len(self.memory)} bytes of memory")
+            raise UsageError(
+                f"a stage of {self.bytes_needed} bytes does not fit into {len(self.memory)} bytes of memory"
+            )
         self.ledger = self.memory[: LEDGER * 8].view(torch.int64)
         self.pool = self._pool()
 
@@ -308,4 +310,3 @@ def batch_from(head: dict[str, Any], arrays: list[np.ndarray]) -> Batch:
     groups = tuple(KVTables(rest[2 * g], rest[2 * g + 1]) for g in range(head["groups"]))
     mask_TP = rest[-1] if head["masked"] else None
     return Batch((), tokens_T, positions_T, starts, contexts_R, groups, rows_L, mask_TP)
-
