@@ -1,10 +1,11 @@
-"""Kills on the real engine: `python -m benchmarks.cluster.recovery [--quick] [--plot out.svg]`.
+"""Kills on the real engine: `python -m benchmarks.cluster.recovery [--quick] [--plot out.png]`.
 
 Three stages of the demo model, each in a process with a context daemon beside it, serve a stream of requests while random ones of them are
 killed (kill -9), told to leave (SIGTERM with a notice), or lose their machine (daemon and all). Every request must end with the tokens of
-an undisturbed run, and each token must be streamed once; the run fails otherwise. The same kill -9s hit an engine that restarts as
-engines do without a context daemon: weights from disk, every running request computed again. Reported: seconds from the failure to the next
-completed step, and tokens computed again.
+an undisturbed run, and each token must be streamed once; the run fails otherwise. The same kills hit the same engine without a context
+daemon: weights from disk, every running request computed again, in a process forked from a warm template (what the daemon alone is worth)
+and in a fresh one (what a supervisor that restarts an engine does). Reported: seconds from the kill until every request that was running
+has its next token or has ended, and tokens computed again.
 """
 
 from __future__ import annotations
@@ -57,34 +58,40 @@ def workload(requests: int, tokens: int, rng: np.random.Generator) -> tuple[list
     return prompts, params
 
 
-def under_fire(options: dict, prompts: list, params: list, kinds: list[str], seed: int, forget: bool) -> Run:
+def under_fire(
+    options: dict, prompts: list, params: list, kinds: list[str], seed: int, forget: bool = False, warm: bool = True
+) -> Run:
     """Serve everything; shoot at random tokens of the stream."""
     rng = np.random.default_rng(seed)
-    launcher = LocalLauncher()
+    launcher = LocalLauncher(warm)
     engine, replica = deploy_engine(
         EngineConfig(model="demo", **options), stage_layers(LAYERS, STAGES), launcher, forget=forget
     )
-    replica.notice_s = 2.0
+    replica.notice_s = 1.0
     total = sum(p.max_tokens or 0 for p in params)
     run_all(engine, prompts[:2], [replace(p, max_tokens=8) for p in params[:2]])
     generated = engine.core.generation_tokens_total
     due = sorted(rng.choice(np.arange(20, int(total * 0.9)), len(kinds), replace=False).tolist())
     out = Run([[] for _ in prompts], [], [], [], [], 0, 0, 0.0)
-    pending: list[float] = []
+    stopped: dict[str, Any] = {}
 
     def client(output: Any) -> None:
         now = time.perf_counter()
         out.streamed[int(output.request_id.removeprefix("run-"))] += output.outputs[0].token_ids
         out.token_s += [now - begun] * len(output.outputs[0].token_ids)
-        if pending:
-            out.gaps_s.append(now - pending.pop())
-        if due and len(out.token_s) >= due[0]:
+        if stopped and engine.core.runner.step > stopped["step"]:
+            stopped["waiting"] = {i for i in stopped["waiting"] if i in engine.core.requests} - {output.request_id}
+            if not stopped["waiting"]:
+                out.gaps_s.append(now - stopped["at"])
+                stopped.clear()
+        if due and len(out.token_s) >= due[0] and not stopped:
             due.pop(0)
             kind, stage = kinds[len(out.shots)], int(rng.integers(STAGES))
             shoot(kind, replica.places[stage])
             out.shots.append((now - begun, kind, stage))
             if kind == "kill":
-                pending.append(now)
+                running = {r.id for r in engine.core.scheduler.running}
+                stopped.update(at=now, step=engine.core.runner.step, waiting=running)
 
     begun = time.perf_counter()
     run_all(engine, prompts, params, client)
@@ -121,18 +128,21 @@ def check(name: str, run: Run, expected: list[list[int]], shots: int) -> None:
         raise WagerError(f"{name}: only {len(run.shots)} of {shots} shots were fired")
 
 
-def plot(run: Run, restart: Run, path: Path) -> None:
+def plot(run: Run, cold: Run, path: Path) -> None:
     """Tokens at the client over time, with every shot."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 1, figsize=(9, 5.4), sharex=True)
+    figure, axes = plt.subplots(2, 1, figsize=(9, 5.4), sharex=False)
     for axis, one, title in zip(
         axes,
-        (run, restart),
-        ("context daemon: state outlives the process", "restart: weights from disk, requests computed again"),
+        (run, cold),
+        (
+            "context daemon: state outlives the process",
+            "restart in a fresh process: weights from disk, requests computed again",
+        ),
         strict=True,
     ):
         axis.plot(one.token_s, np.arange(1, len(one.token_s) + 1), lw=1.6, color="#1f5fa8")
@@ -164,42 +174,47 @@ def main() -> None:
     options = dict(max_num_seqs=16, max_model_len=512, skip_tokenizer_init=True, kv_cache_memory=64_000_000)
     finals = [replace(p, output_kind=OutputKind.FINAL_ONLY) for p in params]
     expected = [o.outputs[0].token_ids for o in LLM("demo", **options).generate(prompts, finals)]
-    ours = under_fire(options, prompts, params, kinds, 1, forget=False)
+    ours = under_fire(options, prompts, params, kinds, 1)
     check("context daemon", ours, expected, len(kinds))
-    plain = ["kill"] * (2 if quick else kinds.count("kill"))
-    restart = under_fire(options, prompts, params, plain, 1, forget=True)
-    check("restart", restart, expected, len(plain))
+    plain = ["kill"] * (2 if quick else 14)
+    warm = under_fire(options, prompts, params, plain, 1, forget=True)
+    check("restart in a warm process", warm, expected, len(plain))
+    few = plain[: 2 if quick else 6]
+    cold = under_fire(options, prompts, params, few, 1, forget=True, warm=False)
+    check("restart in a fresh process", cold, expected, len(few))
     recovery = lambda run, kind: [e["seconds"] for e in run.events if e["kind"] == kind]
+    what = "kill -9 until every request goes on"
     rows = [
-        row("kill -9 to the next token", "s", restart.gaps_s, ours.gaps_s),
-        row("kill -9 to a working pipeline", "s", recovery(restart, "lost"), recovery(ours, "kill")),
+        row(what, "restart, fresh process", cold.gaps_s, ours.gaps_s),
+        row(what, "restart, warm process", warm.gaps_s, ours.gaps_s),
     ]
     facts = {
         "requests": requests, "tokens_each": tokens, "stages": STAGES, "shots": {k: kinds.count(k) for k in sorted(set(kinds))},
-        "identical": True, "generated_twice": 0, "tokens_computed_again": ours.computed_again,
-        "restart_tokens_computed_again": restart.computed_again, "migrations_s": recovery(ours, "migrate"),
+        "identical": True, "generated_twice": 0, "events": sorted((e["kind"], round(e["seconds"], 3)) for e in ours.events),
+        "tokens_computed_again": ours.computed_again, "restart_tokens_computed_again": warm.computed_again,
+        "pipeline_back_s": recovery(ours, "kill"), "migrations_s": recovery(ours, "migrate"),
         "migrated_bytes": [e["moved_bytes"] for e in ours.events if e["kind"] == "migrate"], "lost_machines_s": recovery(ours, "lost"),
-        "seconds": ours.seconds, "restart_seconds": restart.seconds,
+        "seconds": ours.seconds, "restart_seconds": warm.seconds,
     }  # fmt: skip
     report = Report("cluster", "recovery", rows, facts)
     print(report.table())
     for key, value in facts.items():
         print(f"{key}: {value}")
     if args.plot:
-        plot(ours, restart, args.plot)
+        plot(ours, cold, args.plot)
     print(report.save())
 
 
-def row(workload: str, unit: str, baseline: list[float], ours: list[float]) -> Row:
-    """Failures are drawn at random, not in rounds: the interval resamples both sides."""
+def row(workload: str, name: str, baseline: list[float], ours: list[float]) -> Row:
+    """Failures are drawn at random, not in rounds: the interval resamples both sides, the noise compares halves of the baseline."""
     rng = np.random.default_rng(0)
     draw = lambda values: np.median(rng.choice(values, (2000, len(values))), axis=1)
     low, high = np.quantile(draw(baseline) / draw(ours), [0.025, 0.975])
     halves = statistics.median(baseline[::2]) / statistics.median(baseline[1::2] or baseline)
     a, b = statistics.median(baseline), statistics.median(ours)
     return Row(
-        workload, "restart (disk, recompute)", "context daemon", unit, a, b, a / b, float(low), float(high), abs(halves - 1), len(ours),
-        {"restart": baseline, "context daemon": ours},
+        workload, name, "context daemon", "s", a, b, a / b, float(low), float(high), abs(halves - 1), len(ours),
+        {name: baseline, "context daemon": ours},
     )  # fmt: skip
 
 

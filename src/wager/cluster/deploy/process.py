@@ -107,13 +107,14 @@ class LocalHost:
 
 
 class LocalLauncher:
-    """Processes on this machine."""
+    """Processes on this machine. warm: forks of a template; else fresh interpreters, as a supervisor that restarts a program starts them."""
 
     host_address = "127.0.0.1"
 
-    def __init__(self):
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
+    def __init__(self, warm: bool = True):
+        self._context: Any = multiprocessing.get_context("forkserver" if warm else "spawn")
+        if warm:
+            self._context.set_forkserver_preload(PRELOAD)
         self._hosts: list[LocalHost] = []
 
     def start(self, make: Callable[..., Any], *args: Any, beside: Any = None, resource: str | None = None) -> LocalHost:
