@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=None, help="timeline of tokens and kills")
     args = parser.parse_args()
     quick = args.quick
-    requests, tokens = (12, 60) if quick else (48, 160)
+    requests, tokens = (12, 60) if quick else (32, 120)
     kinds = list(("kill", "notice", "machine", "kill") if quick else KINDS)
     rng = np.random.default_rng(7)
     rng.shuffle(kinds)
@@ -179,7 +179,7 @@ def main() -> None:
     plain = ["kill"] * (2 if quick else 14)
     warm = under_fire(options, prompts, params, plain, 1, forget=True)
     check("restart in a warm process", warm, expected, len(plain))
-    few = plain[: 2 if quick else 6]
+    few = plain[: 2 if quick else 5]
     cold = under_fire(options, prompts, params, few, 1, forget=True, warm=False)
     check("restart in a fresh process", cold, expected, len(few))
     recovery = lambda run, kind: [e["seconds"] for e in run.events if e["kind"] == kind]
