@@ -104,9 +104,8 @@ def main() -> None:
     repeats = chosen.repeats or (5 if chosen.quick else 25)
     rows, facts = [], {"threads": chosen.threads}
     for load in WORKLOADS:
-        generator = torch.Generator().manual_seed(0)
-        ours = timed(lambda load=load: pages(load, generator), load.kv_bytes)
-        theirs = timed(lambda load=load: grouped_sdpa(load, generator), load.kv_bytes)
+        ours = timed(lambda load=load: pages(load, torch.Generator().manual_seed(0)), load.kv_bytes)
+        theirs = timed(lambda load=load: grouped_sdpa(load, torch.Generator().manual_seed(0)), load.kv_bytes)
         rows += compare(load.name, {"grouped SDPA": theirs, "wager": ours}, repeats=repeats, progress=None)
         taken = sample({"stream": stream_bandwidth(chosen.threads), "ours": ours}, repeats=repeats, warmup=1, seed=0)
         rate = load.kv_bytes / statistics.median(taken["ours"])
