@@ -80,7 +80,7 @@ def http(url):
         yield client
 
 
-def wait_idle(engine, seconds=10.0):
+def wait_idle(engine, seconds=120.0):
     """Until the engine holds no request and no block; fails when it does not get there."""
     deadline = time.monotonic() + seconds
     blocks = engine.engine.core.runner.blocks
