@@ -58,7 +58,11 @@ def priced(pool: pools.Pool, libraries: Sequence[Library], stock: np.ndarray | f
         "mixed_share": mixed_share(plan, libraries, rent),
     }  # fmt: skip
     for name, other in others.items():
-        found[name] = {"usd_per_h": other.usd_per_h, "factor": other.factor, "requests_per_s": served(other, libraries, pool.rates)}
+        found[name] = {
+            "usd_per_h": other.usd_per_h,
+            "factor": other.factor,
+            "requests_per_s": served(other, libraries, pool.rates),
+        }
     able = [o.usd_per_h for o in others.values() if o.factor >= plan.factor * (1 - 1e-9)]
     found["cheaper_than_best"] = min(able) / plan.usd_per_h if able else None
     found["never_worse"] = all(o.factor <= plan.factor * (1 + 1e-9) for o in others.values()) and all(
@@ -161,7 +165,11 @@ def main() -> None:
     say(f"roofline {roofline}; median error on a machine it has not seen {np.median(list(left_out.values())):.0%}")
     nodes = 2 if args.quick else 4
     code = "azure_llm_2023_code"
-    cases = [pools.core(nodes), pools.core(nodes, code), *(pools.extended(min(nodes, 3), share=s) for s in ("even", "large", "small"))]
+    cases = [
+        pools.core(nodes),
+        pools.core(nodes, code),
+        *(pools.extended(min(nodes, 3), share=s) for s in ("even", "large", "small")),
+    ]
     cases = cases[:1] + cases[2:3] if args.quick else [*cases, pools.extended(3, code)]
     built = {}
     for pool in cases:
@@ -169,7 +177,7 @@ def main() -> None:
         say(f"{pool.name}: {sum(map(len, built[pool.name]))} templates")
     plenty = [priced(pool, built[pool.name], PLENTY, 3 * LIMIT_S) for pool in cases]
     rng = np.random.default_rng(0)
-    scarce, epochs, facts = [], 2 if args.quick else 10, {}
+    scarce, epochs, facts = [], 2 if args.quick else 6, {}
     for pool, above in ((cases[0], 1.25), (next(p for p in cases if p.name.startswith("extended")), 1.75)):
         libraries = built[pool.name]
         stock = stock_over_time(args.data, pools.prices(pool).shape, epochs, rng)
@@ -178,7 +186,9 @@ def main() -> None:
         scarce.append(tight | {"stock_over_least": above})
         say(f"{pool.name}: least stock {scale:.2f} times the trace")
         widened = np.floor(stock * scale * above)
-        facts[f"epochs, {pool.name}"] = {f"start-up share {s:g}": epochs_run(pool, libraries, widened, s) for s in (START_UP_SHARE, 0.0)}
+        facts[f"epochs, {pool.name}"] = {
+            f"start-up share {s:g}": epochs_run(pool, libraries, widened, s) for s in (START_UP_SHARE, 0.0)
+        }
     head = ["pool", "columns", "Coral USD/h", "gap", "homo", "cauchy", "cheaper than best", "of it mixed", "solve"]
     print(format_table([head, *(
         [
@@ -187,7 +197,17 @@ def main() -> None:
         ]
         for f in plenty
     )]))  # fmt: skip
-    head = ["scarce pool", "stock over least", "Coral req/s", "homo", "cauchy", "asked", "worst share", "homo", "cauchy"]
+    head = [
+        "scarce pool",
+        "stock over least",
+        "Coral req/s",
+        "homo",
+        "cauchy",
+        "asked",
+        "worst share",
+        "homo",
+        "cauchy",
+    ]
     print(format_table([head, *(
         [
             f["pool"], f"{f['stock_over_least']}x", *(f"{v:.1f}" for v in (f["requests_per_s"], f["homo"]["requests_per_s"], f["cauchy"]["requests_per_s"], f["asked_per_s"])),
@@ -197,7 +217,9 @@ def main() -> None:
     )]))  # fmt: skip
     for name, runs in facts.items():
         for label, run in runs.items():
-            print(f"{name}, {label}: {np.mean(run['seconds']):.2f} s a plan, {max(run['seconds']):.2f} s at most, {sum(run['machines_started'])} machines started")
+            print(
+                f"{name}, {label}: {np.mean(run['seconds']):.2f} s a plan, {max(run['seconds']):.2f} s at most, {sum(run['machines_started'])} machines started"
+            )
     draw(plenty, picture_path("cluster", "coral"))
     facts |= {"roofline": vars(roofline), "left_out_error": left_out, "plenty": plenty, "scarce": scarce}
     print(f"written: {Report('cluster', 'coral', [], facts=facts).save()}")

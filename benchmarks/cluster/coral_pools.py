@@ -58,7 +58,11 @@ def core(max_nodes: int = 4, trace: str = "azure_llm_2023_conv", rate: float = 1
 def extended(max_nodes: int = 3, trace: str = "azure_llm_2023_conv", rate: float = 25.0, share: str = "even") -> Pool:
     """share: even, or large (80 % of the requests for the largest third of the models) or small."""
     names = (*SMALL, *LARGE)
-    heavy = {"even": {}, "large": dict.fromkeys(("llama3-70b", "qwen3-235b"), 0.4), "small": dict.fromkeys(SMALL[:2], 0.4)}[share]
+    heavy = {
+        "even": {},
+        "large": dict.fromkeys(("llama3-70b", "qwen3-235b"), 0.4),
+        "small": dict.fromkeys(SMALL[:2], 0.4),
+    }[share]
     rest = (1 - sum(heavy.values())) / (len(names) - len(heavy))
     rates = {n: rate * len(names) * heavy.get(n, rest) for n in names}
     return Pool(f"extended {share}, {trace[15:]}", ("L40S", "L4", "A10G", "A100", "H100"), 3, rates, max_nodes, trace)

@@ -74,8 +74,15 @@ def draw(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     places = np.arange(len(rows))
-    left.bar(places - 0.2, [r["flow"] / r["published_flow"] for r in rows], 0.4, label="placement model: our optimum over published")
-    left.bar(places + 0.2, [r["throughput_ratio"] for r in rows], 0.4, label="simulated offline: our plan over published")
+    left.bar(
+        places - 0.2,
+        [r["flow"] / r["published_flow"] for r in rows],
+        0.4,
+        label="placement model: our optimum over published",
+    )
+    left.bar(
+        places + 0.2, [r["throughput_ratio"] for r in rows], 0.4, label="simulated offline: our plan over published"
+    )
     left.axhline(1.0, color="black", linewidth=0.8)
     left.legend()
     left.set_xticks(places, [r["instance"].replace("llama", "") for r in rows], rotation=20)
@@ -97,7 +104,19 @@ def main() -> None:
         settings = (120.0, 90.0, 0) if args.quick else (660.0, 240.0, 24)
         rows.append(compare(published(args.data, name), trace, *settings))
         say(f"{name} done")
-    head = ["instance", "published", "ours", "gap", "solve", "offline tok/s published", "ours", "ratio", "online gap p50", "p99", "first token p50"]
+    head = [
+        "instance",
+        "published",
+        "ours",
+        "gap",
+        "solve",
+        "offline tok/s published",
+        "ours",
+        "ratio",
+        "online gap p50",
+        "p99",
+        "first token p50",
+    ]
     print(format_table([head, *(
         [
             r["instance"], f"{r['published_flow']:.1f}", f"{r['flow']:.1f}", f"{r['gap']:.2%}", f"{r['solve_s']:.1f} s",

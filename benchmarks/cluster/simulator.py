@@ -54,7 +54,8 @@ def jobs(arrivals: list[Arrival], begin_s: float, seconds: float, every: int, sh
     """Every n-th request of a part of the trace, from time 0, with shorter lengths."""
     part = [a for a in arrivals if begin_s <= a.arrival_s < begin_s + seconds][::every]
     return [
-        Arrival(a.arrival_s - begin_s, max(4, a.prompt_tokens // shrink), max(2, a.output_tokens // shrink)) for a in part
+        Arrival(a.arrival_s - begin_s, max(4, a.prompt_tokens // shrink), max(2, a.output_tokens // shrink))
+        for a in part
     ]
 
 
@@ -73,7 +74,10 @@ def measure(engine: Engine, part: list[Arrival], rng: np.random.Generator) -> Ti
     """Serve in real time."""
     begun = time.monotonic()
     live = requests(part, engine.vocab_size, begun, rng)
-    records = {r.id: Record(i, a.arrival_s, a.prompt_tokens, a.output_tokens) for i, (r, a) in enumerate(zip(live, part, strict=True))}
+    records = {
+        r.id: Record(i, a.arrival_s, a.prompt_tokens, a.output_tokens)
+        for i, (r, a) in enumerate(zip(live, part, strict=True))
+    }
     coming = live[::-1]
     while coming or engine.core.has_work:
         now = time.monotonic()
@@ -89,7 +93,9 @@ def measure(engine: Engine, part: list[Arrival], rng: np.random.Generator) -> Ti
     return Timeline(list(records.values()), end, {}, {}, {}, {}, 0.0, 0, 0)
 
 
-def predict(engine: Engine, part: list[Arrival], cost: StepCost, between_s: float, rng: np.random.Generator) -> Timeline:
+def predict(
+    engine: Engine, part: list[Arrival], cost: StepCost, between_s: float, rng: np.random.Generator
+) -> Timeline:
     """The engine's scheduler over a block manager of the same size, without a model."""
     blocks = engine.core.runner.blocks
     twin = BlockManager(blocks.groups, blocks.num_blocks, blocks.block_size, blocks.caching)
@@ -115,7 +121,9 @@ def calibrated(records: list[StepRecord]) -> tuple[StepCost, float]:
     return scaled, max(0.0, float(np.median(gaps))) if gaps else 0.0
 
 
-def validate(model: Path, data: Path, minute_s: float, fitting: int, held_out: int, every: int, shrink: int) -> tuple[dict, list]:
+def validate(
+    model: Path, data: Path, minute_s: float, fitting: int, held_out: int, every: int, shrink: int
+) -> tuple[dict, list]:
     torch.set_num_threads(1)
     steps = Steps()
     engine = build_engine(EngineConfig(model=str(model), enable_prefix_caching=False, seed=0), [steps])
@@ -135,7 +143,10 @@ def validate(model: Path, data: Path, minute_s: float, fitting: int, held_out: i
         minutes.append({"requests": len(part), "predicted": said, "measured": seen, "error": errors})
         pictures.append((expected, real))
         say(f"held-out minute {minute + 1}: " + ", ".join(f"{name} {error:+.1%}" for name, error in errors.items()))
-    facts = {"step_cost": {"median_error": cost.median_error, "p90_error": cost.p90_error, "steps": len(steps.records)}, "minutes": minutes}
+    facts = {
+        "step_cost": {"median_error": cost.median_error, "p90_error": cost.p90_error, "steps": len(steps.records)},
+        "minutes": minutes,
+    }
     return facts, pictures
 
 
@@ -147,7 +158,9 @@ def against_published(data: Path, seconds: float) -> dict:
     flow = solve_flow(case.cluster, case.card, throughput, case.placement, partial=case.partial)
     offline = all_at_once(arrivals)
     begun = time.perf_counter()
-    timeline = simulate_placement(case.cluster, case.card, case.profiles, case.placement, flow, offline, seconds, Load())
+    timeline = simulate_placement(
+        case.cluster, case.card, case.profiles, case.placement, flow, offline, seconds, Load()
+    )
     wall = time.perf_counter() - begun
     rate = timeline.decode_tokens_per_s(60.0)
     return {

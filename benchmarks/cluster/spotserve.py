@@ -37,7 +37,9 @@ def case(data: Path, name: str, segment: str) -> tuple[dict[str, Outcome], dict[
     outcomes = {policy: SpotSimulation(model, trace, arrivals, policy, cloud).run() for policy in POLICIES}
     outcomes["floor"] = SpotSimulation(model, undisturbed(trace), arrivals, "spotserve", cloud).run()
     without = {
-        label: SpotSimulation(model, trace, arrivals, "spotserve", dataclasses.replace(cloud, **change)).run().quantile(0.99)
+        label: SpotSimulation(model, trace, arrivals, "spotserve", dataclasses.replace(cloud, **change))
+        .run()
+        .quantile(0.99)
         for label, change in ABLATIONS.items()
     }
     return outcomes, without
@@ -89,7 +91,17 @@ def main() -> None:
         for segment in segments:
             rows.append(row(name, segment, *case(args.data, name, segment)))
             say(f"{name} {segment} done")
-    head = ["model, trace", "P99 ours", "restart", "reroute", "floor", "over restart", "over reroute", "possible", "saved"]
+    head = [
+        "model, trace",
+        "P99 ours",
+        "restart",
+        "reroute",
+        "floor",
+        "over restart",
+        "over reroute",
+        "possible",
+        "saved",
+    ]
     print(format_table([head, *(
         [
             f"{r['model']} {r['segment']}", *(f"{r['p99_s'][p]:.1f} s" for p in ("spotserve", "reparallelize", "reroute", "floor")),

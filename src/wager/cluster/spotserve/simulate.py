@@ -270,8 +270,12 @@ class SpotSimulation:
         if load > now:  # outgrown: how much sooner will the queue be worked off?
             worth = faster >= c.overload_factor * now and len(self.queue) * (1 / now - 1 / faster) > move_s
         else:  # calm: what the requests of the next window save, against waiting for the move
-            saved = controller.request_s(model, self.layout, tokens, rate) - controller.request_s(model, target, tokens, rate)
-            worth = not self.queue and saved * max(1.0, rate * CALM_WINDOWS * c.rate_window_s) > move_s * (1 + rate * move_s)
+            saved = controller.request_s(model, self.layout, tokens, rate) - controller.request_s(
+                model, target, tokens, rate
+            )
+            worth = not self.queue and saved * max(1.0, rate * CALM_WINDOWS * c.rate_window_s) > move_s * (
+                1 + rate * move_s
+            )
         if worth and self.policy == "reparallelize":
             self._restart(at, self.members, target)
         elif worth:
@@ -401,7 +405,9 @@ class SpotSimulation:
         inherited: dict[int, Batch] = {}
         for new_d, old_d in heir_of.items():
             batch = self.batches.pop(old_d)
-            if new_d not in touched or (batch.prefill_left_s == 0 and arranger.worth_moving(seconds, self._done_s(batch))):
+            if new_d not in touched or (
+                batch.prefill_left_s == 0 and arranger.worth_moving(seconds, self._done_s(batch))
+            ):
                 inherited[new_d] = batch
             else:
                 self.batches[old_d] = batch
