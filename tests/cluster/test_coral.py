@@ -235,3 +235,17 @@ def test_check_catches_a_wrong_plan():
         check(Allocation({(0, 0, 0): 1}, 2.0, 0, 0, 1.0, 0, 0, False), [lib], rent)
     with pytest.raises(WagerError, match="cost"):
         check(Allocation({(0, 0, 0): 1}, 1.0, 0, 0, 0.1, 0, 0, False), [lib], rent)
+
+
+def test_no_plan_is_worse_than_equal_machines_even_without_time():
+    """The baselines are incumbents: a time limit that stops every solver at once still gives a lawful plan that is no worse."""
+    demands = [Demand(CARD, "decode", 1.0, rate) for rate in (130.0, 75.0)]
+    libraries = [Library(d, SIMPLE.counts_UC, SIMPLE.rates_U, SIMPLE.stages_UN) for d in demands]
+    for stock in ([[9, 9], [9, 9]], [[2, 3], [3, 1]], [[1, 1], [1, 0]]):
+        rent = market(stock)
+        found = Allocator(libraries, rent).allocate(time_limit_s=1e-3)
+        check(found, libraries, rent)
+        for policy in baselines.POLICIES:
+            other = baselines.greedy(libraries, rent, policy)
+            assert other.factor <= found.factor * (1 + 1e-6)
+            assert other.factor < found.factor * (1 - 1e-6) or other.usd_per_h >= found.usd_per_h - 1e-6

@@ -229,3 +229,15 @@ def test_the_published_traces_are_served_faster_than_by_the_baselines(data):
         p: SpotSimulation(model, trace, arrivals, p, Cloud(expected_rate=0.2)).run().quantile(0.99) for p in POLICIES
     }
     assert p99["reparallelize"] > 2 * p99["spotserve"] and p99["reroute"] > 2 * p99["spotserve"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_batch_takes_a_request_from_the_future(policy):
+    """Nobody is served faster than alone on the fastest layout: a batch that took requests before they came would be."""
+    model, rng = toy(), np.random.default_rng(5)
+    arrivals = [Arrival(float(t), 64, 32) for t in np.cumsum(rng.exponential(4.0, 40))]
+    alone = min(
+        model.times(c).total(32) for c in controller.layouts(model, 24, 6 * model.layer_bytes, 100) if c.batch == 1
+    )
+    out = SpotSimulation(model, churn(), arrivals, policy, cloud()).run()
+    assert out.latencies_s.min() >= alone * (1 - 1e-9)

@@ -62,6 +62,17 @@ def test_the_roofline_fit_recovers_what_made_the_tables():
     assert layer_cost.leave_one_out([*samples, wrong])["llama1_30b/odd"] > 0.3
 
 
+def test_devices_that_share_a_layer_pay_for_their_sums():
+    device = layer_cost.Device("m", 24e9, 3e11, 1e14, peer_bytes_per_s=1e10)
+    roofline = layer_cost.Roofline(0.5, 0.5, 0.0, peer_efficiency=0.5)
+    card = layer_cost.LLAMA_30B
+    assert roofline.all_reduce_s(1000, card, device, 1) == 0
+    # two sums of 1000 activations; of each, every device of four sends and receives 3/4 twice
+    expected = 2 * 1000 * card.activation_bytes * 2 * 2 * 0.75 / (1e10 * 0.5)
+    assert roofline.all_reduce_s(1000, card, device, 4) == pytest.approx(expected)
+    assert roofline.prompt_s(1000, card, device, 4) > expected
+
+
 def test_the_shipped_catalog_is_whole():
     shipped = catalog.load()
     assert shipped.device("L4").memory_bytes == 24e9 and all(d.source for d in shipped.devices.values())

@@ -56,7 +56,12 @@ def load(path: Path = SHIPPED) -> Catalog:
         raw: dict[str, Any] = tomllib.loads(Path(path).read_text())
         devices = {
             name: Device(
-                name, d["memory_gb"] * 1e9, d["read_tb_per_s"] * 1e12, d["half_tflops"] * 1e12, d.get("source", "")
+                name,
+                d["memory_gb"] * 1e9,
+                d["read_tb_per_s"] * 1e12,
+                d["half_tflops"] * 1e12,
+                d.get("source", ""),
+                d.get("peer_gb_per_s", float("inf")) * 1e9,
             )
             for name, d in raw["devices"].items()
         }

@@ -19,13 +19,15 @@ SOURCE, SINK = "source", "sink"
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator (or socket): what it holds, how fast it reads its memory, how fast it multiplies in half precision."""
+    """One accelerator (or socket): what it holds, how fast it reads its memory, how fast it multiplies in half precision, and how fast
+    it talks to its peers in the same machine (both ways together); infinite where nothing is known."""
 
     name: str
     memory_bytes: float
     read_bytes_per_s: float
     half_flops: float
     source: str = ""
+    peer_bytes_per_s: float = float("inf")
 
     @property
     def ridge(self) -> float:

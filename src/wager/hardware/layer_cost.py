@@ -152,18 +152,27 @@ def _table(points: Sequence[tuple[float, float]]) -> Table:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Efficiencies are shares of the data sheet's peaks; `fixed_s` is paid per layer and batch whatever its size."""
+    """Efficiencies are shares of the data sheet's peaks; `fixed_s` is paid per layer and batch whatever its size. Devices that compute a layer
+    together add up its activations twice (ring all-reduce) at `peer_efficiency` of their links: on PCIe this is what limits them."""
 
     flops_efficiency: float
     read_efficiency: float
     fixed_s: float
+    peer_efficiency: float = 1.0
+
+    def all_reduce_s(self, tokens: float, model: ModelCard, device: Device, count: int) -> float:
+        """Both sums of a layer: every device sends and receives 2 (n - 1) / n of the activations for each."""
+        if count == 1:
+            return 0.0
+        moved = 2 * tokens * model.activation_bytes * 2 * 2 * (count - 1) / count
+        return moved / (device.peer_bytes_per_s * self.peer_efficiency)
 
     def prompt_s(self, tokens: float, model: ModelCard, device: Device, count: int = 1) -> float:
         compute = tokens * model.layer_flops / (count * device.half_flops * self.flops_efficiency)
         read = (model.active_layer_bytes or model.layer_bytes) / (
             count * device.read_bytes_per_s * self.read_efficiency
         )
-        return self.fixed_s + max(compute, read)
+        return self.fixed_s + max(compute, read) + self.all_reduce_s(tokens, model, device, count)
 
     def decode_s(
         self, sequences: float, context_tokens: float, model: ModelCard, device: Device, count: int = 1
@@ -175,7 +184,7 @@ class Roofline:
         size = weights + sequences * context_tokens * model.kv_bytes
         read = size / (count * device.read_bytes_per_s * self.read_efficiency)
         compute = sequences * model.layer_flops / (count * device.half_flops * self.flops_efficiency)
-        return self.fixed_s + max(read, compute)
+        return self.fixed_s + max(read, compute) + self.all_reduce_s(sequences, model, device, count)
 
     def on(self, model: ModelCard, device: Device, count: int, context_tokens: float) -> RooflineCost:
         return RooflineCost(self, model, device, count, context_tokens)
@@ -215,9 +224,10 @@ def fit_roofline(samples: Sequence[Sample], context_tokens: float = 870.0) -> Ro
     def residuals(theta: np.ndarray) -> np.ndarray:
         return np.concatenate([log_errors(_roofline(theta), s, context_tokens) for s in samples])
 
-    found = least_squares(
-        residuals, np.log([0.5, 0.6, 3e-4]), bounds=(np.log([1e-3, 1e-3, 1e-7]), np.log([1.5, 1.5, 1]))
-    )
+    shared = any(s.count > 1 and np.isfinite(s.device.peer_bytes_per_s) for s in samples)
+    start, low, high = [0.5, 0.6, 3e-4, 0.3], [1e-3, 1e-3, 1e-7, 1e-3], [1.5, 1.5, 1.0, 1.5]
+    used = 4 if shared else 3  # nothing tells the links' efficiency where every machine is one device
+    found = least_squares(residuals, np.log(start[:used]), bounds=(np.log(low[:used]), np.log(high[:used])))
     return _roofline(found.x)
 
 

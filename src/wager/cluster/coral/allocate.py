@@ -6,6 +6,9 @@ The library has hundreds of thousands of columns and a solution uses tens. The l
 columns against its duals (a matrix product) brings in those that would lower the cost until there are none. Then the integer program runs over
 the columns whose reduced cost is below incumbent minus bound: no other column can be in a better solution, so nothing is lost.
 
+A replica counts for no more than the whole demand it serves: true of whole replicas, and it brings the linear program close to them.
+`lagrange` gives a second bound and plans of its own; what is returned is never worse than a plan of equal machines (`baselines`).
+
 When stock is too scarce every demand is scaled down by the same factor: the largest factor first, then the least cost at that factor.
 """
 
@@ -17,6 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from wager.cluster.coral import lagrange
 from wager.cluster.coral.stage import Configuration
 from wager.cluster.coral.templates import Library, undominated
 from wager.errors import UsageError, WagerError
@@ -78,6 +82,10 @@ class Allocation:
         return max(0.0, self.objective - self.bound) / max(self.objective, 1e-12)
 
 
+class Scarce(WagerError):
+    """No whole-number plan for the full demands was found."""
+
+
 class Allocator:
     """Holds the libraries and a market; `allocate` may be called each epoch with new stock."""
 
@@ -98,21 +106,25 @@ class Allocator:
     ) -> Allocation:
         """The cheapest plan for all demands, or for the largest common share of them that the stock allows. Raises WagerError when
         not even a small share can be served."""
+        from wager.cluster.coral import baselines  # they speak of Allocation, which is defined here
+
         begun = time.perf_counter()
         current = dict(current or {})
-        full = self._generate(current, 1.0, scale=False)
-        factor, scarce = 1.0, full
-        if full is None:
-            most = self._largest_factor(current, time_limit_s / 2)
-            factor = most
-            scarce = self._generate(current, factor, scale=False)
-            if scarce is None:  # the factor was reached with whole machines, so this only fails by rounding
-                factor *= 1 - 1e-9
-                scarce = self._generate(current, factor, scale=False)
-        if scarce is None:
+        others = [baselines.greedy(self.libraries, self.market, policy) for policy in baselines.POLICIES]
+        found, factor = self._generate(current, 1.0, scale=False), 1.0
+        if found is not None:
+            try:
+                return self._integer(*found, current, 1.0, begun, time_limit_s, gap, others)
+            except Scarce:
+                pass  # fractions of replicas fit the stock, whole ones do not
+        factor = max([self._largest_factor(current, time_limit_s / 2), *(o.factor for o in others)])
+        found = self._generate(current, factor, scale=False)
+        if found is None:  # the factor was reached with whole machines, so this only fails by rounding
+            factor *= 1 - 1e-6
+            found = self._generate(current, factor, scale=False)
+        if found is None:
             raise WagerError("no part of the demands can be served with this stock; add machines or loosen objectives")
-        columns, lp = scarce
-        return self._integer(columns, lp, current, factor, begun, time_limit_s, gap)
+        return self._integer(*found, current, factor, begun, time_limit_s, gap, others)
 
     # -- the linear program over all columns -------------------------------------------------------------------------------------
 
@@ -126,7 +138,7 @@ class Allocator:
             lp = solve(program)
             if not lp.found:
                 raise WagerError(f"the allocation program could not be solved: {lp.status}")
-            fresh = self._price(lp, known, scale)
+            fresh = self._price(lp, known, scale, factor)
             if not fresh:
                 shortage = 0.0 if scale else float(lp.x[: len(self.libraries)].sum())  # type: ignore[index]
                 return None if shortage > 1e-6 * sum(l.demand.tokens_per_s for l in self.libraries) else (columns, lp)
@@ -171,7 +183,7 @@ class Allocator:
             d, r, u = key
             price = 0.0 if scale else float(self.costs[d][u, r]) * (1 + extra)
             c = program.add("", 0, most, price, integer=whole)
-            serve[d].append((c, float(self.libraries[d].rates_U[u])))
+            serve[d].append((c, float(self._rates(d, factor)[u])))
             for configuration in np.flatnonzero(self.libraries[d].counts_UC[u]):
                 use.setdefault((r, int(configuration)), []).append(
                     (c, float(self.libraries[d].counts_UC[u, configuration]))
@@ -188,11 +200,11 @@ class Allocator:
                 program.row(use.get((r, c), []), upper=float(market.stock_RC[r, c]))
         return program
 
-    def _price(self, lp: Solution, known: set[Key], scale: bool) -> list[Key]:
+    def _price(self, lp: Solution, known: set[Key], scale: bool, factor: float) -> list[Key]:
         """New columns with a favourable reduced cost, the best few of each demand and region."""
         assert lp.duals is not None
         fresh: list[Key] = []
-        for d, r, reduced_U in self._reduced_costs(lp, scale):
+        for d, r, reduced_U in self._reduced_costs(lp, scale, factor):
             candidates = np.flatnonzero(
                 reduced_U < -1e-7 * max(1.0, float(np.abs(reduced_U[np.isfinite(reduced_U)]).max(initial=0)))
             )
@@ -201,7 +213,12 @@ class Allocator:
             fresh += [key for key in mine if key not in known][:PER_ROUND]
         return fresh
 
-    def _reduced_costs(self, lp: Solution, scale: bool):
+    def _rates(self, demand: int, factor: float) -> np.ndarray:
+        """[U] tokens/s that count: a replica serves no more than is wanted."""
+        library = self.libraries[demand]
+        return np.minimum(library.rates_U, max(factor * library.demand.tokens_per_s, 1e-9))
+
+    def _reduced_costs(self, lp: Solution, scale: bool, factor: float):
         """(demand, region, reduced costs [U]) of `added` columns under the duals: below zero means it would improve the objective.
         Dominated templates count as infinitely bad: they are never added."""
         assert lp.duals is not None
@@ -212,7 +229,7 @@ class Allocator:
                 price_U = 0.0 if scale else self.costs[d][:, r] * (1 + self.start_up_share)
                 reduced_U = np.full(len(lib), INFINITE)
                 useful = self.useful[d]
-                worth_U = lib.counts_UC[useful] @ stock_dual_RC[r] + lib.rates_U[useful] * lp.duals[d]
+                worth_U = lib.counts_UC[useful] @ stock_dual_RC[r] + self._rates(d, factor)[useful] * lp.duals[d]
                 reduced_U[useful] = (0.0 if scale else price_U[useful]) - sign * worth_U  # type: ignore[index]
                 yield d, r, reduced_U
 
@@ -240,34 +257,88 @@ class Allocator:
         begun: float,
         time_limit_s: float,
         gap: float,
+        others: Sequence[Allocation],
     ) -> Allocation:
         def left() -> float:
-            return max(0.5, time_limit_s - (time.perf_counter() - begun))
+            return max(0.2, time_limit_s - (time.perf_counter() - begun))
 
         assert lp.value is not None
-        answer = solve(self._program(columns, current, factor, False, True, False), time_limit_s=left() / 2, gap=gap)
-        if not answer.found:  # rounding up may not fit the stock: take every column near the bound
-            answer = Solution("unknown", INFINITE, lp.value, None, 0.0, "highs")
-        margin = (answer.value if answer.value is not None else INFINITE) - lp.value
-        wider, complete = self._near(lp, columns, margin)
-        proven, bound = (
-            answer.status == "optimal" and complete,
-            max(lp.value, min(answer.bound, INFINITE) if complete else lp.value),
-        )
-        if len(wider) > len(columns):
-            again = solve(self._program(wider, current, factor, False, True, False), time_limit_s=left(), gap=gap)
-            if again.found and (not answer.found or again.value < answer.value):  # type: ignore[operator]
-                answer, columns = again, wider
+        bound, alone = self._taken_apart(lp, current, factor, left() / 3)
+        bound = max(bound, lp.value)
+        plans = [alone, *(dict(o.running) for o in others if o.factor >= factor * (1 - 1e-9))]
+        best = self._cheapest([p for p in plans if p is not None], current, factor)
+        columns = list(dict.fromkeys([*columns, *(key for p in plans if p is not None for key in p)]))
+        proven = False
+        for wider in (False, True):
+            value = INFINITE if best is None else self._value(best, current)
+            if value - bound <= gap * value or (wider and left() <= 0.2):
+                break
+            complete = False
+            if wider:
+                columns, complete = self._near(lp, columns, value - lp.value, factor)
+            answer = solve(
+                self._program(columns, current, factor, False, True, False), time_limit_s=left() / (2 - wider), gap=gap
+            )
+            if answer.x is not None:
+                found = self._read_counts(answer, columns, current)
+                best = self._cheapest([found] if best is None else [best, found], current, factor)
             if complete:
-                bound, proven = max(lp.value, again.bound), again.status == "optimal"
-        if not answer.found:
+                bound, proven = max(bound, answer.bound), answer.status == "optimal"
+        if best is None:
+            if factor == 1.0:
+                raise Scarce("no whole-number plan for the full demands")
             raise WagerError(f"no whole-number allocation was found in {time_limit_s} s; allow more time")
-        return self._read(answer, columns, lp, current, factor, min(bound, answer.value or bound), proven, begun)
+        value = self._value(best, current)
+        bound = min(bound, value)
+        return self._allocation(best, lp, current, factor, bound, proven or value - bound <= gap * value, begun)
 
-    def _near(self, lp: Solution, columns: list[Key], margin: float) -> tuple[list[Key], bool]:
+    def _taken_apart(
+        self, lp: Solution, current: Mapping[Key, int], factor: float, time_limit_s: float
+    ) -> tuple[float, dict[Key, int] | None]:
+        """(lower bound, plan or None when the demands' own solutions do not fit the stock together)."""
+        assert lp.duals is not None
+        dual_RC = np.minimum(lp.duals[len(self.libraries) :].reshape(self.market.stock_RC.shape), 0.0)
+        bound, plan = float((dual_RC * self.market.stock_RC).sum()), {}
+        for d, lib in enumerate(self.libraries):
+            wanted = factor * lib.demand.tokens_per_s
+            if wanted <= 0:
+                continue
+            mine = {(r, u): n for (k, r, u), n in current.items() if k == d}
+            columns = lagrange.columns_of(
+                self.costs[d], -(lib.counts_UC @ dual_RC.T), self._rates(d, factor), self.useful[d], mine, self.start_up_share
+            )  # fmt: skip
+            least, chosen = lagrange.cheapest(columns, wanted, max(0.05, time_limit_s / len(self.libraries)))
+            bound += least
+            plan = None if chosen is None or plan is None else plan | {(d, r, u): n for (r, u), n in chosen.items()}
+        return bound, plan
+
+    def _cheapest(
+        self, plans: Sequence[Mapping[Key, int]], current: Mapping[Key, int], factor: float
+    ) -> dict[Key, int] | None:
+        """The cheapest of the plans that `check` accepts."""
+        lawful = []
+        for plan in plans:
+            try:
+                check(Allocation(plan, self._price_of(plan), 0, 0, factor, 0, 0, False), self.libraries, self.market)
+            except WagerError:
+                continue
+            lawful.append(dict(plan))
+        return min(lawful, key=lambda p: self._value(p, current), default=None)
+
+    def _price_of(self, plan: Mapping[Key, int]) -> float:
+        return sum(n * float(self.costs[d][u, r]) for (d, r, u), n in plan.items())
+
+    def _penalty(self, plan: Mapping[Key, int], current: Mapping[Key, int]) -> float:
+        added = {key: max(0, n - current.get(key, 0)) for key, n in plan.items()}
+        return self.start_up_share * self._price_of(added)
+
+    def _value(self, plan: Mapping[Key, int], current: Mapping[Key, int]) -> float:
+        return self._price_of(plan) + self._penalty(plan, current)
+
+    def _near(self, lp: Solution, columns: list[Key], margin: float, factor: float) -> tuple[list[Key], bool]:
         """Columns that a solution better than the incumbent can contain, and whether these are all of them."""
         known, extra = set(columns), []
-        for d, r, reduced_U in self._reduced_costs(lp, scale=False):
+        for d, r, reduced_U in self._reduced_costs(lp, False, factor):
             near = np.flatnonzero(reduced_U <= margin + 1e-9)
             extra += [(float(reduced_U[u]), (d, r, int(u))) for u in near if (d, r, int(u)) not in known]
         extra.sort()
@@ -275,38 +346,30 @@ class Allocator:
             extra
         ) <= MOST_COLUMNS
 
-    def _read(
-        self,
-        answer: Solution,
-        columns: list[Key],
-        lp: Solution,
-        current: Mapping[Key, int],
-        factor: float,
-        bound: float,
-        proven: bool,
-        begun: float,
-    ) -> Allocation:
-        assert answer.x is not None and lp.duals is not None
-        added = np.round(answer.x[len(self.libraries) : len(self.libraries) + len(columns)]).astype(int)
-        kept = np.round(answer.x[len(self.libraries) + len(columns) :]).astype(int)
+    def _read_counts(self, answer: Solution, columns: list[Key], current: Mapping[Key, int]) -> dict[Key, int]:
+        assert answer.x is not None
+        added = answer.x[len(self.libraries) : len(self.libraries) + len(columns)]
+        kept = answer.x[len(self.libraries) + len(columns) :]
         running: dict[Key, int] = {}
-        penalty = 0.0
-        for (d, r, u), n in zip(columns, added, strict=True):
-            if n:
-                running[d, r, u] = int(n)
-                penalty += float(n * self.costs[d][u, r] * self.start_up_share)
-        for key, n in zip(current, kept, strict=True):
-            if n:
-                running[key] = running.get(key, 0) + int(n)
+        for key, n in [*zip(columns, added, strict=True), *zip(current, kept, strict=True)]:
+            if round(float(n)):
+                running[key] = running.get(key, 0) + round(float(n))
+        return running
+
+    def _allocation(
+        self, running: dict[Key, int], lp: Solution, current: Mapping[Key, int], factor: float, bound: float, proven: bool,
+        begun: float,
+    ) -> Allocation:  # fmt: skip
+        assert lp.duals is not None
         duals = lp.duals[len(self.libraries) :].reshape(self.market.stock_RC.shape)
         scarcity = {
             (self.market.regions[r], self.market.configurations[c].name): float(-duals[r, c])
             for r, c in np.argwhere(duals < -1e-9)
         }  # fmt: skip
-        price = sum(n * float(self.costs[d][u, r]) for (d, r, u), n in running.items())
         return Allocation(
-            running, price, penalty, bound, factor, time.perf_counter() - begun, self.num_columns, proven, scarcity
-        )
+            running, self._price_of(running), self._penalty(running, current), bound, factor,
+            time.perf_counter() - begun, self.num_columns, proven, scarcity,
+        )  # fmt: skip
 
 
 def check(allocation: Allocation, libraries: Sequence[Library], market: Market, tolerance: float = 1e-6) -> None:

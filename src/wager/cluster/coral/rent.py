@@ -65,7 +65,7 @@ def plan_rent(raw: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> tupl
     """(lines of the plan file, lines for a person)."""
     (demands, roofline), market = read_demands(raw), read_market(rows)
     link = Link(raw.get("link_gb_per_s", 1.25) * 1e9, raw.get("link_latency_ms", 1.0) / 1e3)
-    tables = [_tables(d, market, roofline, link) for d in demands]
+    tables = [tables_of(d, market.configurations, roofline, link) for d in demands]
     libraries = [
         build(d, market.configurations, t, raw.get("max_nodes", 3)) for d, t in zip(demands, tables, strict=True)
     ]
@@ -82,12 +82,13 @@ def plan_rent(raw: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> tupl
     return _file(found, libraries, market, tables), lines
 
 
-def _tables(demand: Demand, market: Market, roofline: Roofline, link: Link):
+def tables_of(demand: Demand, configurations: Sequence[Configuration], roofline: Roofline, link: Link):
+    """stages -> [C, L + 1] tokens/s, each computed once."""
     known: dict[int, np.ndarray] = {}
 
     def table(stages: int) -> np.ndarray:
         if stages not in known:
-            known[stages] = throughput_table(demand, market.configurations, stages, roofline, link)
+            known[stages] = throughput_table(demand, configurations, stages, roofline, link)
         return known[stages]
 
     return table

@@ -10,6 +10,7 @@ Clocks: a machine's removal is known `notice_s` before; a machine that joins is 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,11 +27,15 @@ from wager.simulate.trace import Arrival
 POLICIES = ("spotserve", "reparallelize", "reroute")
 
 
+CALM_WINDOWS = 4  # a calm layout is expected to last for this many rate windows
+
+
 @dataclass(frozen=True)
 class Cloud:
     """What the machines are like. Of a T4's 16 GB about 9 are left for weights and KV beside buffers: with them the fewest devices that hold
     each published model are the published ones. `rate_window_s`: the arrival rate is measured over this long, and taken to be at least
-    `expected_rate`."""
+    `expected_rate`. A layout that cannot keep up with the load (arrivals, and the queue to be worked off in one window) is given up between
+    notices too, for one with `overload_factor` times its throughput, but only where that saves more than the move costs."""
 
     devices_per_node: int = 4
     device_memory_bytes: float = 9e9
@@ -43,6 +48,7 @@ class Cloud:
     on_demand_usd_per_h: float = 3.9
     rate_window_s: float = 30.0
     expected_rate: float = 0.0
+    overload_factor: float = 1.25
 
 
 @dataclass(eq=False)
@@ -104,6 +110,7 @@ class SpotSimulation:
         if policy not in POLICIES:
             raise UsageError(f"policy {policy!r} is unknown; use one of {', '.join(POLICIES)}")
         self.model, self.availability, self.policy, self.cloud, self.shape = model, availability, policy, cloud, shape
+        arrivals = sorted(arrivals, key=lambda a: a.arrival_s)
         self.requests = [Served(i, a.arrival_s, a.output_tokens) for i, a in enumerate(arrivals)]
         self.tokens = max(a.output_tokens for a in arrivals)
         self.context = max(a.prompt_tokens + a.output_tokens for a in arrivals)
@@ -115,15 +122,16 @@ class SpotSimulation:
         self.blocked_until = 0.0
         self.outcome = Outcome(self.requests)
         self._coming = deque(self.requests)
-        self._recent: deque[float] = deque()
+        self._arrival_s = [r.arrival_s for r in self.requests]
 
     def run(self) -> Outcome:
         """Play the whole trace, then serve what is left on the last machines for up to one trace length more."""
         times = sorted({e.time_s for e in self.availability.events if e.node})
-        for at in times:
+        for at, until in zip(times, [*times[1:], self.availability.end_s], strict=True):
             joining = {e.node for e in self.availability.events if e.time_s == at and e.node and e.joins}
             leaving = {e.node for e in self.availability.events if e.time_s == at and e.node and not e.joins}
             self._change(at, joining, leaving)
+            self._watch(at, until)
         last = max(self.availability.end_s, self.requests[-1].arrival_s) * 2 + 600
         self._serve_until(last)
         self.outcome.node_seconds = self.availability.node_seconds()
@@ -171,9 +179,7 @@ class SpotSimulation:
 
     def _collect_arrivals(self, until_s: float) -> None:
         while self._coming and self._coming[0].arrival_s <= until_s:
-            request = self._coming.popleft()
-            self.queue.append(request)
-            self._recent.append(request.arrival_s)
+            self.queue.append(self._coming.popleft())
 
     def _begin(self, pipeline: int, at: float) -> None:
         assert self.layout is not None
@@ -231,17 +237,66 @@ class SpotSimulation:
         else:
             self._migrate(at, after, target, bool(leaving))
 
+    def _watch(self, begun_s: float, until_s: float) -> None:
+        """Between two changes of machines: leave a layout that the load has outgrown. Rerouting never changes its layout."""
+        step = self.cloud.rate_window_s / 2
+        if self.policy == "reroute" or not self.cloud.overload_factor:
+            return
+        at = begun_s + step
+        while at < until_s - self.cloud.notice_s - step:
+            if self.layout is not None and at >= self.blocked_until:
+                self._serve_until(at)
+                self._mismatch(at)
+            at += step
+
+    def _mismatch(self, at: float) -> None:
+        """Move to a layout with more throughput when a queue builds up, and back to one with less latency when it is gone."""
+        assert self.layout is not None
+        c, model, tokens = self.cloud, self.model, self.tokens
+        now, rate = controller.throughput(model, self.layout, tokens), self._rate(at)
+        if rate == math.inf:
+            return
+        load = rate + len(self.queue) / c.rate_window_s
+        devices = len(self.members) * c.devices_per_node
+        target = controller.choose(model, devices, load, tokens, c.device_memory_bytes, self.context)
+        if target is None or target == self.layout:
+            return
+        faster = controller.throughput(model, target, tokens)
+        move_s = (
+            self._load_s(target)
+            if self.policy == "reparallelize"
+            else self._seconds(self._plan(target, self.members)[0])
+        )
+        if load > now:  # outgrown: how much sooner will the queue be worked off?
+            worth = faster >= c.overload_factor * now and len(self.queue) * (1 / now - 1 / faster) > move_s
+        else:  # calm: what the requests of the next window save, against waiting for the move
+            saved = controller.request_s(model, self.layout, tokens, rate) - controller.request_s(
+                model, target, tokens, rate
+            )
+            worth = not self.queue and saved * max(1.0, rate * CALM_WINDOWS * c.rate_window_s) > move_s * (
+                1 + rate * move_s
+            )
+        if worth and self.policy == "reparallelize":
+            self._restart(at, self.members, target)
+        elif worth:
+            self._migrate(at, self.members, target, leaving=False)
+
     def _rate(self, at: float) -> float:
-        """Arrivals per second lately, not below what is expected in the long run."""
+        """Arrivals per second lately, not below what came in the long run or is expected; infinite before anything is known."""
         window = self.cloud.rate_window_s
-        recent = sum(1 for t in self._recent if at - window < t <= at)
-        return max(recent / window, self.cloud.expected_rate)
+        came = bisect_right(self._arrival_s, at)
+        recent = (came - bisect_right(self._arrival_s, at - window)) / window
+        known = at >= window or self.cloud.expected_rate > 0
+        overall = came / at if at >= window else 0.0
+        return max(recent, overall, self.cloud.expected_rate) if known else math.inf
 
     def _target(self, at: float, after: set[str]) -> Layout | None:
-        self._collect_arrivals(at - self.cloud.notice_s if self.layout else at)
+        """The controller's choice, made when the notice comes."""
+        decided = max(0.0, at - self.cloud.notice_s) if self.layout else at
         devices = len(after) * self.cloud.devices_per_node
         c = self.cloud
-        return controller.choose(self.model, devices, self._rate(at), self.tokens, c.device_memory_bytes, self.context)
+        rate = self._rate(decided)
+        return controller.choose(self.model, devices, rate, self.tokens, c.device_memory_bytes, self.context)
 
     def _devices(self, nodes: set[str]) -> list[str]:
         return [f"{n}/{i}" for n in sorted(nodes) for i in range(self.cloud.devices_per_node)]
@@ -344,26 +399,36 @@ class SpotSimulation:
             moved, heir_of, goal = self._plan(target, after)
             seconds = self._seconds(moved)
         ready = began + (self._load_s(target) if self.layout is None else seconds)
+        touched = {goal[t.target].data for t in moved.transfers}
+        if self.layout is None or (target.pipeline, target.tensor) != (self.layout.pipeline, self.layout.tensor):
+            touched = set(range(target.data))
         inherited: dict[int, Batch] = {}
         for new_d, old_d in heir_of.items():
             batch = self.batches.pop(old_d)
-            if batch.prefill_left_s == 0 and arranger.worth_moving(seconds, self._done_s(batch)):
+            if new_d not in touched or (
+                batch.prefill_left_s == 0 and arranger.worth_moving(seconds, self._done_s(batch))
+            ):
                 inherited[new_d] = batch
             else:
                 self.batches[old_d] = batch
         self._drop_batches(list(self.batches))
-        for batch in inherited.values():
-            batch.ready_s = max(batch.ready_s, ready)
+        for new_d, batch in inherited.items():
+            if new_d in touched:
+                batch.ready_s = max(batch.ready_s, ready)
         self.batches = {}
         for new_d, batch in inherited.items():
-            self.batches[new_d] = Batch(batch.requests[: target.batch], batch.ready_s, 0.0)
+            self.batches[new_d] = Batch(batch.requests[: target.batch], batch.ready_s, batch.prefill_left_s)
             for r in batch.requests[target.batch :]:
                 r.done = 0
                 self.queue.appendleft(r)
         self.held = goal
         self.outcome.moved_bytes += moved.moved_bytes
         self.outcome.moves.append((began, ready))
-        self._adopt(began, after, target, ready)
+        # a pipeline that keeps its devices, layers and shards goes on: only those that wait for bytes stand still
+        self._adopt(began, after, target, ready if len(touched) == target.data else began)
+        for d in range(target.data):
+            if d not in inherited:
+                self._idle_since[d] = ready if d in touched else began
 
     def _done_s(self, batch: Batch) -> float:
         """What computing the batch's tokens again would take."""
