@@ -40,7 +40,7 @@ def load_table(path: str, rows: int | None = None, jitter: float = 0.0) -> list[
 def detector(name: str, config: dict[str, Any]) -> Any:
     import importlib
 
-    kinds = {"iforest": "IForest"}
+    kinds = {"iforest": "IForest", "feature_bagging": "FeatureBagging"}
     return getattr(importlib.import_module(f"pyod.models.{name}"), kinds.get(name, name.upper()))(**config)
 
 

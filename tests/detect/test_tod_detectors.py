@@ -21,7 +21,7 @@ FAST = {name: kind for name, kind in TABULAR.items()}
 
 
 def make(name):
-    seed = {"random_state": 3} if name in ("iforest", "loda") else {}
+    seed = {"random_state": 3} if name in ("iforest", "loda", "feature_bagging", "lscp", "suod") else {}
     return TABULAR[name](**seed)
 
 

@@ -233,6 +233,9 @@ def graph(
         float | None, typer.Option(help="Seconds of a trial; longer ones are recorded as timeout.")
     ] = None,
     mem_limit: Annotated[str | None, typer.Option(help="Memory of a trial, e.g. 8GB; more is recorded as oom.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Worker processes of one thread each; default: one for every processor.", min=1)
+    ] = None,
     symmetrize: Annotated[bool, typer.Option(help="Use every edge in both directions instead of as stored.")] = False,
     metric: Annotated[str, typer.Option(help="auc, ap, recall, auc_contextual or auc_structural.")] = "auc",
     out: Annotated[
@@ -257,7 +260,7 @@ def graph(
             file=sys.stderr,
         )
 
-    rows = runner.run(wanted, paths, out, limits, tell)
+    rows = runner.run(wanted, paths, out, limits, tell, jobs)
     present(rows, metric, paths, plot)
 
 

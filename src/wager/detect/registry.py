@@ -12,6 +12,7 @@ from wager.errors import UsageError
 TABULAR: dict[str, type[tod.Detector]] = {
     "knn": tod.KNN, "lof": tod.LOF, "abod": tod.ABOD, "cof": tod.COF, "sod": tod.SOD, "loci": tod.LOCI, "hbos": tod.HBOS, "loda": tod.LODA,
     "pca": tod.PCA, "ecod": tod.ECOD, "copod": tod.COPOD, "iforest": tod.IForest,
+    "feature_bagging": tod.FeatureBagging, "lscp": tod.LSCP, "suod": tod.SUOD,
 }  # fmt: skip
 DEFAULT = ("knn", "lof", "abod", "cof", "hbos", "pca", "ecod", "copod", "iforest", "loda")
 

@@ -6,6 +6,7 @@ and the papers named at each class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +43,19 @@ class DONE(DeepGraphDetector):
         w3: float = 0.2,
         w4: float = 0.2,
         w5: float = 0.2,
+        masks: str = "drawn",
         contamination: float = 0.1,
         lr: float = 4e-3,
         epoch: int = 100,
         symmetrize: bool = False,
+        batch_size: int = 0,
+        num_neigh: int | Sequence[int] = -1,
         seed: int | None = None,
     ):
-        self.hid_dim, self.num_layers, self.dropout, self.weight_decay = hid_dim, num_layers, dropout, weight_decay
-        self.w1, self.w2, self.w3, self.w4, self.w5 = w1, w2, w3, w4, w5
-        self.contamination, self.lr, self.epoch, self.symmetrize, self.seed = contamination, lr, epoch, symmetrize, seed
+        """masks: dropout of the rebuilt adjacency "drawn" pair by pair, O(N^2) time, or "expected", integrated out, with the same mean."""
+        if masks not in ("drawn", "expected"):
+            raise UsageError(f"masks is {masks!r}; choose drawn or expected")
+        self.keep(locals())
 
     def build(self, graph: Graph, generator: torch.Generator) -> nn.Module:
         encode, decode = halves(self.num_layers)
@@ -65,7 +70,7 @@ class DONE(DeepGraphDetector):
         )
 
     def state(self, graph: Graph) -> State:
-        return State(graph, Structure(graph), graph.mean_in())
+        return State(graph, Structure(graph, every_column=True), graph.mean_in())
 
     def terms(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, ...]:
         """(dx, ds, dna, dns, h_a, h_s): errors, disagreement with neighbours, embeddings."""
@@ -78,8 +83,10 @@ class DONE(DeepGraphDetector):
         hidden = model["decoder_s"].hidden(h_s)
         one = torch.ones(len(hidden), 1)
         rows, columns = torch.cat([hidden, one], 1), torch.cat([last.weight, last.bias[:, None]], 1)
-        ds = dropped_rows(state.structure, rows, columns, self.dropout, generator)
-        return dx, ds, disagreement(h_a, state.mean_in), disagreement(h_s, state.mean_in), h_a, h_s
+        drawn = self.masks == "drawn"
+        ds = dropped_rows(state.structure, rows, columns, self.dropout, generator, drawn=drawn)
+        found = dx, ds, disagreement(h_a, state.mean_in), disagreement(h_s, state.mean_in), h_a, h_s
+        return tuple(state.graph.head(value) for value in found)
 
     def step(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         dx, ds, dna, dns, h_a, h_s = self.terms(model, state, generator)
@@ -158,21 +165,23 @@ class AdONE(DONE):
         w3: float = 0.2,
         w4: float = 0.2,
         w5: float = 0.2,
+        masks: str = "drawn",
         pairing: str = "own",
         contamination: float = 0.1,
         lr: float = 4e-3,
         epoch: int = 100,
         symmetrize: bool = False,
+        batch_size: int = 0,
+        num_neigh: int | Sequence[int] = -1,
         seed: int | None = None,
     ):
         """pairing "own" weighs each node's adversarial term by its own outlierness (the paper); "all" by everybody's mean (pygod, which
-        multiplies a row by a column)."""
-        super().__init__(
-            hid_dim, num_layers, dropout, weight_decay, w1, w2, w3, w4, w5, contamination, lr, epoch, symmetrize, seed
-        )
+        multiplies a row by a column). masks as in DONE."""
+        if masks not in ("drawn", "expected"):
+            raise UsageError(f"masks is {masks!r}; choose drawn or expected")
         if pairing not in ("own", "all"):
             raise UsageError(f"pairing is {pairing!r}; choose own or all")
-        self.pairing = pairing
+        self.keep(locals())
 
 
 class GAAN(DeepGraphDetector):
@@ -194,13 +203,13 @@ class GAAN(DeepGraphDetector):
         lr: float = 4e-3,
         epoch: int = 100,
         symmetrize: bool = False,
+        batch_size: int = 0,
+        num_neigh: int | Sequence[int] = -1,
         seed: int | None = None,
     ):
         if pairs not in ("edges", "rows"):
             raise UsageError(f"pairs is {pairs!r}; choose edges or rows")
-        self.noise_dim, self.hid_dim, self.num_layers, self.dropout = noise_dim, hid_dim, num_layers, dropout
-        self.weight_decay, self.weight, self.pairs, self.contamination = weight_decay, weight, pairs, contamination
-        self.lr, self.epoch, self.symmetrize, self.seed = lr, epoch, symmetrize, seed
+        self.keep(locals())
 
     def build(self, graph: Graph, generator: torch.Generator) -> nn.Module:
         encode, decode = halves(self.num_layers)
@@ -244,4 +253,5 @@ class GAAN(DeepGraphDetector):
         # BCE at the entries of S alone: s may count a repeated edge, as in the reference
         cross = s.value_E * F.softplus(-t) + (1 - s.value_E) * F.softplus(t)
         error_s = torch.zeros(len(x)).index_add(0, s.row_E, cross)
-        return loss, double_error(attribute_rows(x, made), error_s, self.weight).detach()
+        head = state.graph.head
+        return loss, double_error(head(attribute_rows(x, made)), head(error_s), self.weight).detach()

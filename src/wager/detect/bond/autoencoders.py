@@ -6,7 +6,8 @@ each class.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,13 +57,13 @@ class GAE(DeepGraphDetector):
         lr: float = 4e-3,
         epoch: int = 100,
         symmetrize: bool = False,
+        batch_size: int = 0,
+        num_neigh: int | Sequence[int] = -1,
         seed: int | None = None,
     ):
         if backbone not in ("gcn", "mlp"):
             raise UsageError(f"backbone is {backbone!r}; choose gcn or mlp")
-        self.hid_dim, self.num_layers, self.dropout, self.weight_decay = hid_dim, num_layers, dropout, weight_decay
-        self.backbone, self.recon_s, self.sigmoid_s, self.contamination = backbone, recon_s, sigmoid_s, contamination
-        self.lr, self.epoch, self.symmetrize, self.seed = lr, epoch, symmetrize, seed
+        self.keep(locals())
 
     def build(self, graph: Graph, generator: torch.Generator) -> nn.Module:
         kind, (encode, decode) = {"gcn": GCN, "mlp": MLP}[self.backbone], halves(self.num_layers)
@@ -80,6 +81,7 @@ class GAE(DeepGraphDetector):
             score = (state.graph.x - out).square().mean(1)
         else:
             score = (sigmoid_rows if self.sigmoid_s else linear_rows)(state.structure, out) / state.graph.nodes
+        score = state.graph.head(score)
         return score.mean(), score
 
 
@@ -100,17 +102,11 @@ class DOMINANT(DeepGraphDetector):
         lr: float = 4e-3,
         epoch: int = 100,
         symmetrize: bool = False,
+        batch_size: int = 0,
+        num_neigh: int | Sequence[int] = -1,
         seed: int | None = None,
     ):
-        self.hid_dim, self.num_layers, self.dropout, self.weight_decay = hid_dim, num_layers, dropout, weight_decay
-        self.sigmoid_s, self.weight, self.contamination, self.lr, self.epoch = (
-            sigmoid_s,
-            weight,
-            contamination,
-            lr,
-            epoch,
-        )
-        self.symmetrize, self.seed = symmetrize, seed
+        self.keep(locals())
 
     def build(self, graph: Graph, generator: torch.Generator) -> nn.Module:
         encode, decode = halves(self.num_layers)
@@ -127,13 +123,14 @@ class DOMINANT(DeepGraphDetector):
         return State(graph, graph.gcn(), Structure(graph))
 
     def rows(self, model: Any, state: State) -> tuple[Tensor, Tensor]:
-        """(row scores, embedding)."""
+        """(scores, embeddings) of the nodes that are scored."""
         assert state.structure is not None
         h = model["encoder"](state.graph.x, state.spread)
         out = model["attributes"](h, state.spread)
         z = model["structure"](h, state.spread)
         error_s = (sigmoid_rows if self.sigmoid_s else linear_rows)(state.structure, z)
-        return double_error(attribute_rows(state.graph.x, out), error_s, self.weight), h
+        head = state.graph.head
+        return double_error(head(attribute_rows(state.graph.x, out)), head(error_s), self.weight), head(h)
 
     def step(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         score, _ = self.rows(model, state)
@@ -166,14 +163,13 @@ class CONAD(DOMINANT):
         lr: float = 4e-3,
         epoch: int = 100,
         symmetrize: bool = False,
+        batch_size: int = 0,
+        num_neigh: int | Sequence[int] = -1,
         seed: int | None = None,
     ):
-        super().__init__(
-            hid_dim, num_layers, dropout, weight_decay, sigmoid_s, weight, contamination, lr, epoch, symmetrize, seed
-        )
         if ranking not in ("reference", "distance"):
             raise UsageError(f"ranking is {ranking!r}; choose reference or distance")
-        self.eta, self.margin, self.r, self.m, self.k, self.f, self.ranking = eta, margin, r, m, k, f, ranking
+        self.keep(locals())
 
     def augmented(self, graph: Graph, generator: torch.Generator) -> tuple[Graph, Tensor]:
         """Four kinds of nodes in equal shares of r: many random edges, none, attributes from the farthest of k, attributes times or over f."""
@@ -198,13 +194,13 @@ class CONAD(DOMINANT):
         half = u / self.r * 8
         x[(kind == 3) & (half < 7)] *= self.f
         x[(kind == 3) & (half >= 7)] /= self.f
-        return replace(graph, x=x, edge_index=torch.cat([kept, added], 1)), (kind >= 0).float()
+        return Graph(x, torch.cat([kept, added], 1)), (kind >= 0).float()
 
     def step(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if not model.training:
             return super().step(model, state, generator)
         changed, mark = self.augmented(state.graph, generator)
-        h_changed = model["encoder"](changed.x, changed.gcn())
+        h_changed, mark = (state.graph.head(v) for v in (model["encoder"](changed.x, changed.gcn()), mark))
         score, h = self.rows(model, state)
         if self.ranking == "reference":
             gap = F.triplet_margin_loss(h, h, h_changed, margin=self.margin, reduction="none")
@@ -215,6 +211,8 @@ class CONAD(DOMINANT):
 
 class AnomalyDAE(DeepGraphDetector):
     """Dual autoencoder (Fan et al. 2020): attention embeds the structure, a network on X^T the attributes; X' = Z H^T. Tied to its N nodes."""
+
+    num_layers = 1  # hops of a mini-batch
 
     def __init__(
         self,
@@ -229,11 +227,11 @@ class AnomalyDAE(DeepGraphDetector):
         lr: float = 4e-3,
         epoch: int = 100,
         symmetrize: bool = False,
+        batch_size: int = 0,
+        num_neigh: int | Sequence[int] = -1,
         seed: int | None = None,
     ):
-        self.emb_dim, self.hid_dim, self.dropout, self.weight_decay = emb_dim, hid_dim, dropout, weight_decay
-        self.alpha, self.theta, self.eta, self.contamination = alpha, theta, eta, contamination
-        self.lr, self.epoch, self.symmetrize, self.seed = lr, epoch, symmetrize, seed
+        self.keep(locals())
 
     def build(self, graph: Graph, generator: torch.Generator) -> nn.Module:
         n, d = graph.x.shape
@@ -254,11 +252,13 @@ class AnomalyDAE(DeepGraphDetector):
         x = state.graph.x
         h = dropout(F.relu(model["input"](x)), self.dropout, generator)
         z = model["attention"](h, state.extra)
-        columns = dropout(F.relu(model["columns"](x.T)), self.dropout, generator)
+        weight = model["columns"].weight if state.graph.ids is None else model["columns"].weight[:, state.graph.ids]
+        columns = dropout(F.relu(F.linear(x.T, weight, model["columns"].bias)), self.dropout, generator)
         columns = dropout(model["columns_out"](columns), self.dropout, generator)
         error_a = attribute_rows(x, z @ columns.T, self.eta / (1 + self.eta))
         error_s = sigmoid_rows(state.structure, z, self.theta / (1 + self.theta))
-        score = double_error(error_a, error_s, "auto" if self.alpha == "auto" else 1 - float(self.alpha))
+        head = state.graph.head
+        score = double_error(head(error_a), head(error_s), "auto" if self.alpha == "auto" else 1 - float(self.alpha))
         return score.mean(), score
 
 
@@ -279,11 +279,11 @@ class GUIDE(DeepGraphDetector):
         lr: float = 4e-3,
         epoch: int = 100,
         symmetrize: bool = False,
+        batch_size: int = 0,
+        num_neigh: int | Sequence[int] = -1,
         seed: int | None = None,
     ):
-        self.hid_a, self.hid_s, self.num_layers, self.dropout = hid_a, hid_s, num_layers, dropout
-        self.weight_decay, self.alpha, self.contamination = weight_decay, alpha, contamination
-        self.lr, self.epoch, self.symmetrize, self.seed = lr, epoch, symmetrize, seed
+        self.keep(locals())
 
     def build(self, graph: Graph, generator: torch.Generator) -> nn.Module:
         encode, decode = halves(self.num_layers)
@@ -300,11 +300,16 @@ class GUIDE(DeepGraphDetector):
     def state(self, graph: Graph) -> State:
         loop = torch.arange(graph.nodes)
         edges = torch.cat([graph.edge_index, torch.stack([loop, loop])], 1)
-        return State(graph, graph.gcn(), None, (torch.from_numpy(motif_counts(graph)).float(), edges))
+        counts_N6 = motif_counts(graph if graph.whole is None else graph.whole)
+        motifs_N6 = torch.from_numpy(counts_N6 if graph.ids is None else counts_N6[graph.ids.numpy()]).float()
+        return State(graph, graph.gcn(), None, (motifs_N6, edges))
 
     def step(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         motifs, edges = state.extra
         out_a = model["decoder_a"](model["encoder_a"](state.graph.x, state.spread), state.spread)
         out_s = model["decoder_s"](model["encoder_s"](motifs, edges), edges)
-        score = double_error(attribute_rows(state.graph.x, out_a), attribute_rows(motifs, out_s), self.alpha)
+        head = state.graph.head
+        score = double_error(
+            head(attribute_rows(state.graph.x, out_a)), head(attribute_rows(motifs, out_s)), self.alpha
+        )
         return score.mean(), score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 from wager.detect.bond.graph import Graph
+from wager.detect.bond.sampling import Sampler
 from wager.errors import UsageError
 
 
@@ -112,48 +114,66 @@ class GraphDetector:
 
 
 class DeepGraphDetector(GraphDetector):
-    """Full-batch training with Adam. A subclass builds its network and says loss and row scores of one pass; the last pass's scores stand."""
+    """Training with Adam, on the whole graph or in mini-batches of sampled neighbourhoods (batch_size nodes, num_neigh neighbours a hop).
+
+    A subclass builds its network and says loss and row scores of one pass; the last pass's scores stand.
+    """
 
     lr: float
     weight_decay: float
     epoch: int
     seed: int | None
+    num_layers: int
+    batch_size: int = 0
+    num_neigh: int | Sequence[int] = -1
+
+    def keep(self, given: Mapping[str, Any]) -> None:
+        """Store the constructor's parameters under their names, and refuse those that no detector can take."""
+        for name in inspect.signature(type(self).__init__).parameters:
+            if name != "self":
+                setattr(self, name, given[name])
+        if self.batch_size < 0 or self.batch_size == 1:
+            raise UsageError(f"batch_size is {self.batch_size}; give 0 for the whole graph, or at least 2 nodes")
 
     def build(self, graph: Graph, generator: torch.Generator) -> nn.Module:
         raise NotImplementedError
 
     def step(self, model: Any, state: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(loss, scores) of a pass in training."""
+        """(loss, scores) of a pass in training, over the nodes that `graph.head` names."""
         raise NotImplementedError
 
     def state(self, graph: Graph) -> Any:
         """What every epoch reads and no epoch changes."""
         raise NotImplementedError
 
-    def before_step(self, model: Any, state: Any, generator: torch.Generator) -> None:
-        """An adversary's own update, where there is one."""
-
     def trained(self, model: Any) -> list[nn.Parameter]:
         return list(model.parameters())
 
     def scores(self, graph: Graph) -> Tensor:
-        if self.epoch < 1:
-            raise UsageError(f"epoch is {self.epoch}; it must be at least 1")
-        generator = torch.Generator()
-        generator.manual_seed(self.seed) if self.seed is not None else generator.seed()
-        model, state = self.build(graph, generator), self.state(graph)
-        optimizer = torch.optim.Adam(self.trained(model), lr=self.lr, weight_decay=self.weight_decay)
+        generator = random_source(self.seed)
+        model = self.build(graph, generator)
         self.prepare_training(model)
         model.train()
-        score = torch.zeros(graph.nodes)
-        for _ in range(self.epoch):
-            self.before_step(model, state, generator)
-            loss, score = self.step(model, state, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        score_N, states = torch.zeros(graph.nodes), self.states(graph, generator)
+
+        def passes() -> Iterator[Tensor]:
+            for where, state in states():
+                loss, found = self.step(model, state, generator)
+                score_N[where] = found.detach().to(score_N.dtype)
+                yield loss
+
+        descend(self.trained(model), self.lr, self.weight_decay, self.epoch, passes)
         self.model_ = model
-        return score.detach()
+        return score_N
+
+    def states(self, graph: Graph, generator: torch.Generator) -> Callable[[], Iterable[tuple[Any, Any]]]:
+        """What makes an epoch's (scored nodes, state) pairs: the whole graph, or its batches sampled anew."""
+        if not self.batch_size or self.batch_size >= graph.nodes:
+            whole = [(slice(None), self.state(graph))]
+            return lambda: whole
+        limits = [self.num_neigh] * self.num_layers if isinstance(self.num_neigh, int) else list(self.num_neigh)
+        sampler = Sampler(graph, limits, generator)
+        return lambda: ((part.head(part.ids), self.state(part)) for part in sampler.batches(self.batch_size))  # type: ignore[arg-type]
 
     def prepare_training(self, model: Any) -> None:
         """Further optimizers, where there is an adversary."""
@@ -162,3 +182,24 @@ class DeepGraphDetector(GraphDetector):
         self.model_.eval()
         with torch.no_grad():
             return self.step(self.model_, self.state(graph), torch.Generator().manual_seed(0))[1]
+
+
+def random_source(seed: int | None) -> torch.Generator:
+    """A generator with this seed, or with one of the system's."""
+    generator = torch.Generator()
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    return generator
+
+
+def descend(
+    parameters: Sequence[Tensor], lr: float, weight_decay: float, epochs: int, passes: Callable[[], Iterable[Tensor]]
+) -> None:
+    """The one training loop: Adam on every loss that `passes` yields in an epoch."""
+    if epochs < 1:
+        raise UsageError(f"epoch is {epochs}; it must be at least 1")
+    optimizer = torch.optim.Adam(list(parameters), lr=lr, weight_decay=weight_decay)
+    for _ in range(epochs):
+        for loss in passes():
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()

@@ -18,11 +18,19 @@ from wager.errors import UsageError
 
 @dataclass(frozen=True)
 class Graph:
-    """x (N, D) float32; edge_index (2, E) int64, source above target, as stored; y (N,) bit 0 contextual, bit 1 structural, or None."""
+    """x (N, D) float32; edge_index (2, E) int64, source above target, as stored; y (N,) bit 0 contextual, bit 1 structural, or None.
+
+    A part of another graph (`sampling`) also knows the whole, its nodes' numbers there, how many of them lead as the batch, and whether every
+    neighbour was taken.
+    """
 
     x: Tensor
     edge_index: Tensor
     y: Tensor | None = field(default=None, compare=False)
+    whole: Graph | None = field(default=None, compare=False)
+    ids: Tensor | None = field(default=None, compare=False)
+    leading: int | None = field(default=None, compare=False)
+    complete: bool = True
 
     @staticmethod
     def of(data: Any) -> Graph:
@@ -59,9 +67,23 @@ class Graph:
         edges = torch.cat([self.edge_index, self.edge_index.flip(0)], 1)
         return replace(self, edge_index=torch.unique(edges, dim=1))
 
+    def head(self, value_N: Tensor) -> Tensor:
+        """The values of the nodes that are scored: all, or the batch of a part."""
+        return value_N if self.leading is None else value_N[: self.leading]
+
     @cached_property
     def adjacency(self) -> sparse.csr_matrix:
-        """S: entry (i, j) counts the edges from i to j, as a dense adjacency of the reference would."""
+        """S: entry (i, j) counts the edges from i to j, as a dense adjacency of the reference would; in a part, all edges among its nodes."""
+        return self.messages if self.whole is None else self.rows[:, self.ids.numpy()].tocsr()  # type: ignore[union-attr]
+
+    @cached_property
+    def rows(self) -> sparse.csr_matrix:
+        """The rows of S of these nodes, with a column for every node of the whole graph."""
+        return self.adjacency if self.whole is None else self.whole.adjacency[self.ids.numpy()]  # type: ignore[union-attr]
+
+    @cached_property
+    def messages(self) -> sparse.csr_matrix:
+        """Entry (i, j) counts the edges from i to j along which a network passes messages."""
         s, t = self.edge_index.numpy()
         matrix = sparse.csr_matrix((np.ones(len(s), np.float32), (s, t)), shape=(self.nodes, self.nodes))
         matrix.sum_duplicates()
@@ -77,17 +99,27 @@ class Graph:
         matrix.sort_indices()
         return matrix
 
+    @cached_property
+    def looped(self) -> sparse.csr_matrix:
+        """A + I from targets to sources; a loop that is there already is not added again."""
+        into = self.messages.T.tocsr()
+        return sparse.csr_matrix(into + sparse.diags(np.where(into.diagonal() > 0, 0, 1).astype(np.float32)))
+
+    @cached_property
+    def degree_N(self) -> np.ndarray:
+        """Row sums of `looped`; those of the whole graph where a part took every neighbour."""
+        if self.whole is not None and self.complete:
+            return self.whole.degree_N[self.ids.numpy()]  # type: ignore[union-attr]
+        return np.asarray(self.looped.sum(1)).ravel()
+
     def gcn(self) -> Product:
-        """D^-1/2 (A + I) D^-1/2 acting from sources on targets; a loop that is there already is not added again."""
-        into = self.adjacency.T.tocsr()
-        looped = into.diagonal() > 0
-        into = into + sparse.diags(np.where(looped, 0, 1).astype(np.float32))
-        root = sparse.diags(1 / np.sqrt(np.asarray(into.sum(1)).ravel()))
-        return Product(root @ into @ root)
+        """D^-1/2 (A + I) D^-1/2 acting from sources on targets."""
+        root = sparse.diags(1 / np.sqrt(self.degree_N))
+        return Product(root @ self.looped @ root)
 
     def mean_in(self) -> Product:
         """Mean over a node's incoming edges; 0 without any."""
-        into = self.adjacency.T.tocsr()
+        into = self.messages.T.tocsr()
         degree = np.asarray(into.sum(1)).ravel()
         return Product(sparse.diags(1 / np.maximum(degree, 1)) @ into)
 

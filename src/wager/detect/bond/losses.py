@@ -7,6 +7,9 @@ entries of S correct it edge by edge. Sums run in float64, because the three ter
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +17,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wager.detect.bond.graph import Graph, Product
+from wager.native import build
 
 TINY = 1e-24
 
 
 class Structure:
-    """What a loss needs of the adjacency S: products with it, squared row sums, its entries."""
+    """What a loss needs of the adjacency S: products with it, squared row sums, its entries. Columns: the graph's own nodes, or with
+    every_column those of the whole graph that it is a part of."""
 
-    def __init__(self, graph: Graph):
-        s = graph.adjacency
+    def __init__(self, graph: Graph, every_column: bool = False):
+        s = graph.rows if every_column else graph.adjacency
         self.product = Product(s)
         self.square_N = torch.from_numpy(s.multiply(s).sum(1)).reshape(-1).double()
         coo = s.tocoo()
@@ -31,12 +36,12 @@ class Structure:
         self.nodes = graph.nodes
 
 
-def linear_rows(structure: Structure, h_NH: Tensor, w_NH: Tensor | None = None) -> Tensor:
-    """Squared error of each row of S against h w^T (w = h by default), float32."""
+def linear_rows(structure: Structure, h_NH: Tensor, w_NH: Tensor | None = None, stretch: float = 1.0) -> Tensor:
+    """Squared error of each row of S against h w^T (w = h by default), float32; `stretch` multiplies the square of h w^T alone."""
     h = h_NH.double()
     w = h if w_NH is None else w_NH.double()
     cross = (h * structure.product(w)).sum(1)
-    return (structure.square_N - 2 * cross + ((h @ (w.T @ w)) * h).sum(1)).clamp(min=TINY).float()
+    return (structure.square_N - 2 * cross + stretch * ((h @ (w.T @ w)) * h).sum(1)).clamp(min=TINY).float()
 
 
 def sigmoid_rows(structure: Structure, z_NH: Tensor, positive: float = 0.5, block: int = 1024) -> Tensor:
@@ -54,16 +59,42 @@ def pair_sums(z_NH: Tensor, kind: str, block: int = 1024) -> Tensor:
     return _PairSums.apply(z_NH, kind, block)  # type: ignore[return-value]
 
 
+KINDS = ("sigmoid squared", "softplus", "negative softplus")
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return build.load("wager_pairs", [Path(__file__).parent / "cpp" / "pairs.cpp"])
+
+
+def _native(name: str, kind: str, z: Tensor, *others: Tensor) -> None:
+    """Call a loop over pairs on contiguous float32 tensors."""
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (z, *others)]
+    *given, out = pointers
+    sizes = (ctypes.c_int64(z.shape[0]), ctypes.c_int64(z.shape[1]), ctypes.c_int64(KINDS.index(kind)))
+    getattr(_library(), name)(*given, *sizes, out, ctypes.c_int(torch.get_num_threads()))
+
+
 class _PairSums(torch.autograd.Function):
+    """On a CPU in float32 by a loop that keeps pairs in registers; elsewhere by blocks of rows. Both make pairs again in backward."""
+
     @staticmethod
     def forward(ctx: Any, z: Tensor, kind: str, block: int) -> Tensor:
         ctx.save_for_backward(z)
         ctx.kind, ctx.block = kind, block
+        if z.device.type == "cpu" and z.dtype == torch.float32:
+            out = torch.empty(len(z))
+            _native("wager_pair_sums", kind, z.contiguous(), out)
+            return out
         return torch.cat([_value(z[i : i + block] @ z.T, kind).sum(1) for i in range(0, len(z), block)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (z,), g = ctx.saved_tensors, grads[0]
+        if z.device.type == "cpu" and z.dtype == torch.float32:
+            out = torch.empty(z.shape)
+            _native("wager_pair_slopes", ctx.kind, z.contiguous(), g.float().contiguous(), out)
+            return out, None, None
         out = torch.zeros_like(z)
         for i in range(0, len(z), ctx.block):
             rows = slice(i, i + ctx.block)
@@ -104,11 +135,21 @@ def double_error(attribute_N: Tensor, structure_N: Tensor, weight: float | str) 
 
 
 def dropped_rows(
-    structure: Structure, h_NH: Tensor, w_NH: Tensor, share: float, generator: torch.Generator, block: int = 1024
+    structure: Structure,
+    h_NH: Tensor,
+    w_NH: Tensor,
+    share: float,
+    generator: torch.Generator,
+    block: int = 1024,
+    drawn: bool = True,
 ) -> Tensor:
-    """Squared error of each row of S against dropout(h w^T). Without dropout this is `linear_rows`; with it, blocks of rows are made twice."""
-    if share == 0:
-        return linear_rows(structure, h_NH, w_NH)
+    """Squared error of each row of S against dropout(h w^T). Without dropout this is `linear_rows`.
+
+    drawn: a mask for every pair, in blocks of rows that are made twice, O(N^2) time. Otherwise the mean over all masks, which needs none:
+    E (m o / (1 - p) - s)^2 = o^2 / (1 - p) - 2 o s + s^2, O(E H + N H^2).
+    """
+    if not drawn or share == 0:
+        return linear_rows(structure, h_NH, w_NH, 1 / (1 - share))
     seed = int(torch.randint(2**62, (1,), generator=generator))
     return _DroppedRows.apply(h_NH, w_NH, structure, share, seed, block)  # type: ignore[return-value]
 

@@ -18,7 +18,9 @@ def _library() -> ctypes.CDLL:
 
 
 def motif_counts(graph: Graph, threads: int = 1) -> np.ndarray:
-    """(N, 6) counts on the simple undirected graph. Exact; O(sum of squared degrees) plus pairs of common neighbours."""
+    """(N, 6) counts on the simple undirected graph, remembered with it. Exact; O(sum of squared degrees) plus pairs of common neighbours."""
+    if (known := graph.__dict__.get("motifs_N6")) is not None:
+        return known
     matrix = graph.simple
     start, neighbor = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64)
     out = np.zeros((graph.nodes, 6))
@@ -26,4 +28,5 @@ def motif_counts(graph: Graph, threads: int = 1) -> np.ndarray:
     _library().wager_motifs(
         *pointers, ctypes.c_int64(graph.nodes), ctypes.c_void_p(out.ctypes.data), ctypes.c_int(threads)
     )
+    graph.__dict__["motifs_N6"] = out  # as cached_property would
     return out

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import queue
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -75,12 +77,14 @@ def run(
     out: Path,
     limits: Limits,
     progress: Callable[[int, int, dict], None] | None = None,
+    jobs: int | None = None,
 ) -> list[dict]:
-    """Run what `out` does not hold yet; returns all rows of these trials, in their order."""
+    """Run what `out` does not hold yet; returns all rows of these trials, in their order. jobs: worker processes of one thread each (None: one
+    for every processor), so that a row has the same bits whatever runs beside it."""
     done = {key_of(row): row for row in read(out)} if out.exists() else {}
     todo = [t for t in trials if t.key not in done]
     out.parent.mkdir(parents=True, exist_ok=True)
-    for i, (trial, row) in enumerate(_rows(todo, paths, limits)):
+    for i, (trial, row) in enumerate(_rows(todo, paths, limits, jobs or len(os.sched_getaffinity(0)))):
         done[trial.key] = row
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -110,15 +114,42 @@ def key_of(row: Mapping[str, Any]) -> tuple:
     return tuple(row[name] for name in Trial.__dataclass_fields__)
 
 
-def _rows(todo: Sequence[Trial], paths: Mapping[str, Path], limits: Limits) -> Iterator[tuple[Trial, dict]]:
-    worker: _Worker | None = None
+def _rows(todo: Sequence[Trial], paths: Mapping[str, Path], limits: Limits, jobs: int) -> Iterator[tuple[Trial, dict]]:
+    """Trials with their rows as they are done; each of `jobs` threads drives a worker process of its own."""
+    if jobs < 1:
+        raise UsageError(f"jobs is {jobs}; it must be at least 1")
+    waiting: queue.SimpleQueue[Trial] = queue.SimpleQueue()
+    for trial in todo:
+        waiting.put(trial)
+    done: queue.SimpleQueue[tuple[Trial, dict] | BaseException] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def drive() -> None:
+        worker: _Worker | None = None
+        try:
+            while not stop.is_set():
+                trial = waiting.get_nowait()
+                worker = worker if worker and worker.alive() else _Worker(limits.memory_bytes)
+                done.put((trial, asdict(trial) | worker.do(trial, paths[trial.dataset], limits.time_s)))
+        except queue.Empty:
+            pass
+        except BaseException as error:
+            done.put(error)
+        finally:
+            if worker:
+                worker.end()
+
+    drivers = [threading.Thread(target=drive, daemon=True) for _ in range(min(jobs, len(todo)))]
+    for driver in drivers:
+        driver.start()
     try:
-        for trial in todo:
-            worker = worker if worker and worker.alive() else _Worker(limits.memory_bytes)
-            yield trial, asdict(trial) | worker.do(trial, paths[trial.dataset], limits.time_s)
+        for _ in todo:
+            found = done.get()
+            if isinstance(found, BaseException):
+                raise found
+            yield found
     finally:
-        if worker:
-            worker.end()
+        stop.set()
 
 
 class _Worker:
@@ -154,9 +185,8 @@ class _Worker:
 def _work(pipe: Connection, memory_bytes: int | None) -> None:
     import torch
 
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    if threads.isdigit():
-        torch.set_num_threads(int(threads))
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     if memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     pipe_graphs: dict[Path, Any] = {}

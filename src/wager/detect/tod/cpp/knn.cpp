@@ -11,17 +11,37 @@
 #include <limits>
 #include <utility>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 12;
 #else
-constexpr int LANES = 8, ROWS = 4;
+constexpr int LANES = 8, ROWS = 6;
 #endif
 constexpr int VECTORS = 2, WIDTH = LANES * VECTORS;
-constexpr int64_t ROW_CHUNK = ROWS * 16, BLOCK_BYTES = 384 * 1024;
+constexpr int64_t ROW_CHUNK = ROWS * 32, BLOCK_BYTES = 160 * 1024;
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+
+// Whether any lane is set. Lanes are 0 or -1.
+inline bool any_of(const vi& hit) {
+#if defined(__AVX512F__)
+    __m512i lanes;
+    std::memcpy(&lanes, &hit, sizeof lanes);
+    return _mm512_test_epi32_mask(lanes, lanes) != 0;
+#elif defined(__AVX2__)
+    __m256i lanes;
+    std::memcpy(&lanes, &hit, sizeof lanes);
+    return !_mm256_testz_si256(lanes, lanes);
+#else
+    int32_t any = 0;
+    for (int l = 0; l < LANES; ++l) any |= hit[l];
+    return any != 0;
+#endif
+}
 
 struct Candidates {  // of one query row
     int32_t* index;
@@ -100,6 +120,9 @@ void wager_knn_pack(const double* base, const double* centre, double scale, int6
 void wager_knn_scan(const float* query, const float* qnorm2, const float* qnorm, int64_t rows, int64_t d, const float* panel,
                     const float* norm2, const float* norm, int64_t panels, int64_t column0, int64_t self0, int k, int capacity,
                     float slack, int32_t* index, float* low, float* high, int32_t* count, float* threshold, int threads) {
+    // Cheap test before the exact one: slack (|a| + |b|)^2 <= 2 slack (|a|^2 + |b|^2), and as much again covers every rounding on the way,
+    // because slack is at least 16 roundings of a float.
+    const float shrink = 1.0f - 4.0f * slack;
     const int64_t block = std::max<int64_t>(1, BLOCK_BYTES / (WIDTH * d * 4));
     const int64_t chunks = (rows + ROW_CHUNK - 1) / ROW_CHUNK;
 #pragma omp parallel num_threads(threads)
@@ -127,23 +150,25 @@ void wager_knn_scan(const float* query, const float* qnorm2, const float* qnorm,
 #pragma GCC unroll 2
                                 for (int u = 0; u < VECTORS; ++u) acc[r][u] += a[r] * v[u];
                         }
-                        vf b2[VECTORS], b1[VECTORS];
+                        vf b2[VECTORS];
                         std::memcpy(b2, norm2 + p * WIDTH, sizeof b2);
-                        std::memcpy(b1, norm + p * WIDTH, sizeof b1);
 #pragma GCC unroll 12
                         for (int r = 0; r < ROWS; ++r) {
                             if (r >= m) break;
                             const int64_t row = g + r;
+                            const float reachable = threshold[row] - qnorm2[row] * shrink;
 #pragma GCC unroll 2
                             for (int u = 0; u < VECTORS; ++u) {
+                                const vi maybe = b2[u] * shrink - 2.0f * acc[r][u] <= reachable;
+                                if (!any_of(maybe)) continue;
+                                vf b1;
+                                std::memcpy(&b1, norm + p * WIDTH + u * LANES, sizeof b1);
                                 const vf value = (b2[u] + qnorm2[row]) - 2.0f * acc[r][u];
-                                const vf reach = b1[u] + qnorm[row];
+                                const vf reach = b1 + qnorm[row];
                                 const vf bound = slack * reach * reach;
                                 const vf lo = value - bound;
                                 const vi hit = lo <= threshold[row];
-                                int32_t any = 0;
-                                for (int l = 0; l < LANES; ++l) any |= hit[l];
-                                if (!any) continue;
+                                if (!any_of(hit)) continue;
                                 Candidates c{index + row * capacity, low + row * capacity, high + row * capacity, count + row,
                                              threshold + row};
                                 for (int l = 0; l < LANES; ++l) {
