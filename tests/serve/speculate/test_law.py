@@ -15,6 +15,7 @@ from wager.serve.params import SamplingParams
 from wager.serve.speculate import ratio, sequoia, specinfer
 
 PROMPT = [7, 8, 9]
+SMALL = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=416, initializer_range=0.25)
 SIGNIFICANCE = 1e-5
 PROMPTS = [[5, 9, 300, 17], [44] * 40, [7, 8, 9] * 25, list(range(100, 133))]
 
@@ -22,9 +23,14 @@ PROMPTS = [[5, 9, 300, 17], [44] * 40, [7, 8, 9] * 25, list(range(100, 133))]
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory):
     """(target, draft, law of the target's texts): two models with flat distributions over the same tiny vocabulary."""
-    small = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=416, initializer_range=0.25)
-    target, draft = (build_llama(tmp_path_factory.mktemp(f"flat{s}"), seed=s, **small) for s in (11, 12))
+    target, draft = (build_llama(tmp_path_factory.mktemp(f"flat{s}"), seed=s, **SMALL) for s in (11, 12))
     return target, draft, TextLaw(target, PROMPT)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A draft that disagrees with the target more."""
+    return build_llama(tmp_path_factory.mktemp("other"), seed=14, **SMALL)
 
 
 def sampled(llm, temperature, top_p, count):
@@ -41,12 +47,11 @@ def engine(flat, config):
 
 @pytest.mark.parametrize("name", [None, *BY_RATIO])
 def test_sampled_texts_have_the_target_law(name, flat):
-    """At each point of the grid; all points share an engine, so a draft cache that went wrong shows too."""
+    """At each point of the grid, all in one engine, so a draft cache that went wrong shows too."""
     target, draft, law = flat
     llm = engine(flat, configs(target, draft)[name] if name else None)
     for temperature, top_p in SAMPLED_GRID:
-        texts = sampled(llm, temperature, top_p, 640)
-        assert g_test(texts, law.at(temperature, top_p)) > SIGNIFICANCE, (temperature, top_p)
+        assert g_test(sampled(llm, temperature, top_p, 512), law.at(temperature, top_p)) > SIGNIFICANCE, (temperature, top_p)
 
 
 def test_a_mixed_batch_keeps_every_law(flat):
@@ -116,29 +121,21 @@ def accepts_always(target_W, drafts_W, tokens, uniforms):
     return (0, tokens[0]) if tokens else ratio.independent(target_W, drafts_W, tokens, uniforms)
 
 
-def unnormalised(target_W, draft_W, tokens, uniforms):
-    """Leaves the residual's sum below one before the next comparison."""
-    residual = target_W
-    for i, token in enumerate(tokens):
-        if uniforms[i] * draft_W[token] < residual[token]:
-            return i, token
-        residual = np.maximum(residual - draft_W, 0.0)
-    return None, ratio.draw(residual if residual.sum() > 0 else target_W, uniforms[len(tokens)])
-
-
 @pytest.mark.parametrize(
     ("module", "function", "wrong", "config"),
     [
         (sequoia, "draw_without_replacement", most_likely, {"method": "sequoia", "tree": [-1, -1, 0, 0, 1, 1]}),
         (sequoia, "draw_without_replacement", sorted_draws, {"method": "sequoia", "tree": [-1, -1, 0, 0, 1, 1]}),
-        (sequoia, "without_replacement", unnormalised, {"method": "sequoia", "tree": [-1, -1, 0, 0, 1, 1]}),
-        (specinfer, "independent", tried_once, {"method": "specinfer", "expansion": [3, 2]}),
+        (specinfer, "independent", tried_once, {"method": "specinfer", "expansion": [6, 4]}),
         (specinfer, "independent", accepts_always, {"method": "specinfer", "expansion": [2, 1]}),
     ],
 )
-def test_wrong_rules_in_the_engine_are_found_out(module, function, wrong, config, flat, monkeypatch):
+def test_wrong_rules_in_the_engine_are_found_out(module, function, wrong, config, flat, other, monkeypatch):
+    """Equal draws are frequent, and so their merging visible, where the draft is peaked: a draft of its own, at temperature 0.4."""
     target, draft, law = flat
-    llm = engine(flat, {**config, "draft": str(draft)})
+    merging = wrong is tried_once
+    llm = engine(flat, {**config, "draft": str(other if merging else draft)})
+    temperature = 0.4 if merging else 1.0
+    assert g_test(sampled(llm, temperature, 1.0, 1280), law.at(temperature, 1.0)) > SIGNIFICANCE, "right as it is"
     monkeypatch.setattr(module, function, wrong)
-    found = [g_test(sampled(llm, 1.0, top_p, 1280), law.at(1.0, top_p)) <= SIGNIFICANCE for top_p in (1.0, 0.9)]
-    assert any(found)
+    assert g_test(sampled(llm, temperature, 1.0, 1280), law.at(temperature, 1.0)) <= SIGNIFICANCE

@@ -199,6 +199,18 @@ def subtracts_the_candidate_only(target, draft, tokens, uniforms):
     return None, residual_draw(residual, uniforms[-1])
 
 
+def unnormalised(target, draft, tokens, uniforms):
+    """Leaves the residual's sum below one before the next comparison."""
+    residual = target
+    for i, token in enumerate(tokens):
+        if uniforms[i] * draft[token] < residual[token]:
+            return i, token
+        residual = np.maximum(residual - draft, 0)
+        draft = np.where(np.isin(np.arange(V), tokens[: i + 1]), 0, draft)
+        draft = draft / draft.sum() if draft.sum() > 0 else np.full(V, 1 / V)
+    return None, residual_draw(residual if residual.sum() > 0 else target, uniforms[-1])
+
+
 @pytest.mark.usefixtures("symbolic")
 @pytest.mark.parametrize(
     ("rule", "tuples"),
@@ -207,6 +219,7 @@ def subtracts_the_candidate_only(target, draft, tokens, uniforms):
         (without_replacement, sorted_draws),
         (keeps_the_rejected, sequences_without_replacement),
         (subtracts_the_candidate_only, sequences_without_replacement),
+        (unnormalised, sequences_without_replacement),
     ],
 )
 def test_wrong_rules_without_replacement_are_found_out(rule, tuples):
