@@ -38,7 +38,7 @@ def main() -> None:
         for temperature in map(float, args.temperatures.split(",")):
             params = SamplingParams(temperature=temperature, max_tokens=args.tokens, ignore_eos=True, seed=1)
             runs: dict[str, Callable[[], float]] = {
-                name: (lambda e=e, p=params, b=batch: e.rate(prompts, p, b)) for name, e in engines.items()
+                name: (lambda e=e, p=params, b=batch, own=prompts: e.rate(own, p, b)) for name, e in engines.items()
             }
             found = compare(
                 f"batch {batch}, T={temperature:g}", runs, repeats=args.repeats or (2 if args.quick else 5), warmup=2,

@@ -31,7 +31,9 @@ def main() -> None:
     parser.set_defaults(prompts=0, tokens=12)
     args = parser.parse_args()
     prompts = all_prompts(args)
-    table = [["method", "prompts", "greedy: differ", "beyond ties", "seeded: differ", "beyond ties", "preemptions", "s"]]
+    table = [
+        ["method", "prompts", "greedy: differ", "beyond ties", "seeded: differ", "beyond ties", "preemptions", "s"]
+    ]
     params = [SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True, logprobs=2) for _ in prompts]
     grid = [(t, p) for t in (0.2, 0.6, 1.0) for p in (0.9, 1.0)]
     seeded = [
@@ -105,7 +107,11 @@ def differences(expected: list[Any], found: list[Any]) -> list[bool]:
         there, here = a.logprobs[at], b.logprobs[at]
         both = [row.get(token) for row in (there, here) for token in (a.token_ids[at], b.token_ids[at])]
         known = [entry.logprob for entry in both if entry is not None]
-        shared = max(abs(there[t].logprob - here[t].logprob) for t in there.keys() & here.keys()) if there.keys() & here.keys() else 1.0
+        shared = (
+            max(abs(there[t].logprob - here[t].logprob) for t in there.keys() & here.keys())
+            if there.keys() & here.keys()
+            else 1.0
+        )
         tie = len(known) == 4 and shared < TIE and max(known) - min(known) < TIE
         say(f"differs at output {at}: {a.token_ids[at]} against {b.token_ids[at]}, {'a tie' if tie else 'NOT a tie'}")
         ties.append(tie)
@@ -118,7 +124,7 @@ def law_grid(samples: int) -> list[list[str]]:
     from tests.serve.speculate.grid import ALLOWED, BY_RATIO, SAMPLED_GRID, TextLaw, configs, g_test, tokens_of
 
     table = [["method", "temperature", "top-p", "texts", "p-value"]]
-    small = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=416, initializer_range=0.25)
+    small: dict[str, Any] = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=416, initializer_range=0.25)
     with tempfile.TemporaryDirectory() as folder:
         target, draft = (build_llama(_made(Path(folder) / str(seed)), seed=seed, **small) for seed in (11, 12))
         law = TextLaw(target, PROMPT)
@@ -126,7 +132,12 @@ def law_grid(samples: int) -> list[list[str]]:
             llm = LLM(str(target), speculative_config={**configs(target, draft)[name], "auto": False}, max_model_len=16)
             for temperature, top_p in SAMPLED_GRID:
                 params = SamplingParams(
-                    temperature=temperature, top_p=top_p, max_tokens=3, ignore_eos=True, allowed_token_ids=ALLOWED, n=128
+                    temperature=temperature,
+                    top_p=top_p,
+                    max_tokens=3,
+                    ignore_eos=True,
+                    allowed_token_ids=ALLOWED,
+                    n=128,
                 )
                 texts = [tuple(t) for _ in range(samples // 128) for t in tokens_of(llm.generate(PROMPT, params))]
                 p = g_test(texts, law.at(temperature, top_p))

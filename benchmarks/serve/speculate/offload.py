@@ -30,7 +30,10 @@ def main() -> None:
     known = methods(args.draft, tree_size=192)
     for budget in args.budgets.split(","):
         known[f"specexec {budget}"] = {**known["specexec 128"], "budget": int(budget)}
-    chosen = {n: known[n] for n in (*(f"specexec {b}" for b in args.budgets.split(",")), "sequoia", "specinfer 5x8", "chain 4")}
+    chosen = {
+        n: known[n]
+        for n in (*(f"specexec {b}" for b in args.budgets.split(",")), "sequoia", "specinfer 5x8", "chain 4")
+    }
     streamed = {"offload_layers": 2, "offload_bytes_per_s": args.rate * 1e6}
     plain, resident_plain = Engine(args, None, **streamed), Engine(args, None)
     engines = {"plain": plain} | {name: Engine(args, config, **streamed) for name, config in chosen.items()}

@@ -67,7 +67,9 @@ def main() -> None:
         print(f"written: {report.save()}")
 
 
-def sweep(p: list[float], profile: HardwareProfile, most: int) -> tuple[dict[tuple[int, int], GrowMap], dict[tuple[int, int], float]]:
+def sweep(
+    p: list[float], profile: HardwareProfile, most: int
+) -> tuple[dict[tuple[int, int], GrowMap], dict[tuple[int, int], float]]:
     """The best tree of every size and depth, and its expected speed-up."""
     tables = TreeTables(p, most, 13)
     trees, speed = {}, {}

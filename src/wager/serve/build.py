@@ -86,7 +86,10 @@ def build_engine(config: EngineConfig, observers: Sequence[Observer] = ()) -> En
     )
     sampler = Sampler(loaded.model.vocab_size, device, np.random.default_rng(config.seed))
     factory = DrafterFactory(
-        runner, lambda name, own: build_draft(name, own, config, limits, loaded.model, device), sampler, limits.max_model_len
+        runner,
+        lambda name, own: build_draft(name, own, config, limits, loaded.model, device),
+        sampler,
+        limits.max_model_len,
     )
     core = EngineCore(
         runner,
@@ -137,7 +140,9 @@ def load_target(config: EngineConfig, device: torch.device) -> tuple[LoadedModel
             param="tensor_parallel_size",
         )
     name = demo.path(config.model) if demo.is_demo(config.model) else config.model
-    load_shard(name, config.dtype, Shard(0, config.tensor_parallel_size))  # what is wrong with it is said before processes start
+    load_shard(
+        name, config.dtype, Shard(0, config.tensor_parallel_size)
+    )  # what is wrong with it is said before processes start
     team = Team(name, config.dtype, config.tensor_parallel_size, config.quantization)
     return load_shard(name, config.dtype, team.shard, config.quantization), team
 

@@ -122,7 +122,14 @@ QUANTIZATION = (
 )  # fmt: skip
 
 PARALLEL = (
-    absent("tensor_parallel", "system/parallelism", "tensor parallelism", "one process computes on one device"),
+    Feature(
+        "tensor_parallel", "system/parallelism", "a model divided over processes by heads and MLP columns (gloo)", EXACT,
+        ("tensor_parallel_size",), "wager.serve.parallel.tensor:TensorParallelRunner",
+        ("tests/serve/parallel/test_tensor.py::test_two_processes_generate_the_same_tokens_with_and_without_trees",
+         "tests/serve/parallel/test_tensor.py::test_slices_add_up_to_the_model"),
+        note="greedy tokens are identical up to the order of additions",
+        enabled_when=lambda c: c.tensor_parallel_size > 1,
+    ),
     absent("pipeline_parallel", "system/parallelism", "pipeline parallelism", LATER),
     absent("disaggregation", "system/parallelism", "prefill and decode on separate machines", LATER),
 )  # fmt: skip

@@ -133,7 +133,12 @@ def test_a_grown_model_computes_what_its_source_computes_and_keeps_learning(pair
     before, after = tmp_path / "before", tmp_path / "after"
     for out, steps in ((before, 0), (after, 12)):
         save_description(config(layers=3), train_tokenizer(["some text for a vocabulary"], VOCAB), out)
-        train(config(layers=3), pair / "train.npy", out, replace(recipe, tokens=max(1, 512 * steps), minutes=None if steps else 1e-9))
+        train(
+            config(layers=3),
+            pair / "train.npy",
+            out,
+            replace(recipe, tokens=max(1, 512 * steps), minutes=None if steps else 1e-9),
+        )
     tokens = torch.from_numpy(np.load(pair / "heldout-code.npy")[:60].astype(np.int64))
     logits = {}
     for path in (pair / "demo", before, after):

@@ -41,7 +41,10 @@ class _InOneProcess:
         attends = [causal_attention(m) for m in self.models]
         for layer in range(len(first.layers)):
             normed, residual = _norm(first.layers[layer].input_norm, x, residual)
-            x = sum(m.layers[layer].attention(normed, m.rope(positions), a, None) for m, a in zip(self.models, attends, strict=True))
+            x = sum(
+                m.layers[layer].attention(normed, m.rope(positions), a, None)
+                for m, a in zip(self.models, attends, strict=True)
+            )
             normed, residual = first.layers[layer].post_norm.add(x, residual)
             x = sum(m.layers[layer].mlp(normed) for m in self.models)
         return first.logits(first.norm.add(x, residual)[0])
@@ -93,7 +96,9 @@ def test_two_processes_generate_the_same_tokens_with_and_without_trees(tiny_dir,
     assert core.preemptions_total > 0 and core.runner.blocks.prefix_hits > 0
     core.runner.blocks.check_invariants()
 
-    seeded = SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_tokens=12, ignore_eos=True, speculative_method="none")
+    seeded = SamplingParams(
+        temperature=0.8, top_p=0.9, seed=5, max_tokens=12, ignore_eos=True, speculative_method="none"
+    )
     plain = SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_tokens=12, ignore_eos=True)
     assert tokens_of(llm.generate(PROMPTS, seeded)) == tokens_of(LLM(str(tiny_dir)).generate(PROMPTS, plain))
 

@@ -21,7 +21,12 @@ def configs(target, draft):
         "sequoia": {"method": "sequoia", "draft": draft, "tree": [-1, -1, 0, 0, 1, 2, 2]},
         "sequoia-perfect": {"method": "sequoia", "draft": target, "tree": [-1, 0, 1, -1, 0, 4]},
         "sequoia-auto": {"method": "sequoia", "draft": target, "max_tree_size": 8, "max_depth": 4},
-        "sequoia-small-head": {"method": "sequoia", "draft": target, "tree": [-1, -1, 0, 0, 1], "draft_vocabulary": 200},
+        "sequoia-small-head": {
+            "method": "sequoia",
+            "draft": target,
+            "tree": [-1, -1, 0, 0, 1],
+            "draft_vocabulary": 200,
+        },
         "sequoia-tiny-head": {"method": "sequoia", "draft": draft, "tree": [-1, -1, -1, 0, 0], "draft_vocabulary": 5},
         "specinfer": {"method": "specinfer", "draft": draft, "expansion": [2, 2, 1]},
         "specinfer-merged": {"method": "specinfer", "drafts": [draft, target], "expansion": [1, 2, 1]},

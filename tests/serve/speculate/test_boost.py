@@ -16,7 +16,9 @@ from wager.serve.speculate.boost import BoostRecipe, Piece, boost, foretold, pie
 @pytest.fixture(scope="module")
 def small_dir(tmp_path_factory):
     """A draft too small to learn everything."""
-    small = dict(num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
+    small = dict(
+        num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1
+    )
     return build_llama(tmp_path_factory.mktemp("small"), seed=3, **small, initializer_range=0.1)
 
 
@@ -86,7 +88,12 @@ def test_too_little_to_learn_from_is_refused(small_dir, tmp_path):
 
 def test_boosted_drafts_serve_specinfer(tiny_dir, tmp_path):
     """The written checkpoints load as drafts, and the text stays that of plain decoding."""
-    tuned, _ = boost(pieces_of(LLM(str(tiny_dir)), [[7, 8, 9], [44] * 5, [100, 101]], 40, 8), str(tiny_dir), tmp_path, BoostRecipe(rounds=1))
+    tuned, _ = boost(
+        pieces_of(LLM(str(tiny_dir)), [[7, 8, 9], [44] * 5, [100, 101]], 40, 8),
+        str(tiny_dir),
+        tmp_path,
+        BoostRecipe(rounds=1),
+    )
     drafts = [str(t.path) for t in tuned]
     config = {"method": "specinfer", "drafts": drafts, "expansion": [2, 1], "auto": False}
     params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)

@@ -84,7 +84,9 @@ def test_structured_output_logprobs_and_penalties_compose(name, tiny_dir, tiny_d
             assert all(a[t].logprob == pytest.approx(b[t].logprob, abs=1e-4) for t in a)
 
 
-@pytest.mark.parametrize("name", ["chain", "sequoia-perfect", "specinfer-merged", "specexec-perfect", "suffix", "hybrid"])
+@pytest.mark.parametrize(
+    "name", ["chain", "sequoia-perfect", "specinfer-merged", "specexec-perfect", "suffix", "hybrid"]
+)
 def test_adapters_and_the_base_model_share_a_batch_of_trees(name, tiny_dir, tiny_draft_dir, adapter_dir, adapted):
     """Greedy text under an adapter is that of plain decoding under it, beside requests without one, with a warm prefix cache."""
     config = {**configs(tiny_dir, tiny_draft_dir)[name], "auto": False}

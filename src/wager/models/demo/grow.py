@@ -7,6 +7,8 @@ training reaches, the model costs its full depth and is at least as good as the 
 
 from __future__ import annotations
 
+from torch import nn
+
 from wager.errors import UsageError
 from wager.models.llama import Block, Llama
 
@@ -42,7 +44,8 @@ def _copy(ours, theirs) -> None:
     ours.load_state_dict({name: p.detach() for name, p in theirs.named_parameters()})
 
 
-def _silence(layer: Block) -> None:
+def _silence(layer: nn.Module) -> None:
     """Make a block add nothing to the residual stream."""
+    assert isinstance(layer, Block)
     layer.attention.output.weight.data.zero_()
-    layer.mlp.down.weight.data.zero_()
+    layer.mlp.get_submodule("down").get_parameter("weight").data.zero_()

@@ -102,8 +102,8 @@ class ShardedLlama(Llama):
         if shard.rank:
             self.head = nn.Identity()  # only process 0 makes logits
         for block in self.layers:
-            for linear in (block.attention.output, block.mlp.down):
-                linear.register_forward_hook(lambda _module, _args, y_TD: shard.sum(y_TD))
+            for name in ("attention.output", "mlp.down"):
+                block.get_submodule(name).register_forward_hook(lambda _module, _args, y_TD: shard.sum(y_TD))
 
     def make_block(self, layer: int, dtype: torch.dtype | None) -> nn.Module:
         return ShardedBlock(self.config, layer, dtype)
@@ -203,7 +203,8 @@ def _stop(pipes: list[Connection], processes: list[subprocess.Popen]) -> None:
 
 def join(store: str, rank: int, size: int) -> Any:
     """A process group of our own: the caller's default group, if any, is left alone."""
-    return dist.ProcessGroupGloo(dist.FileStore(store, size), rank, size, TIMEOUT)
+    store_ = dist.FileStore(store, size)  # pyright: ignore[reportPrivateImportUsage]
+    return dist.ProcessGroupGloo(store_, rank, size, TIMEOUT)
 
 
 class TensorParallelRunner(ModelRunner):

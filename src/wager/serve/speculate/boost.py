@@ -73,7 +73,12 @@ class Tuned:
 
 
 def pieces_of(
-    llm: Any, prompts: Sequence[Sequence[int]], tokens: int, piece_tokens: int, temperature: float = 0.0, context: int = 128
+    llm: Any,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    piece_tokens: int,
+    temperature: float = 0.0,
+    context: int = 128,
 ) -> list[Piece]:
     """The target's continuations of the prompts, cut into pieces, each with at most `context` tokens before it."""
     params = SamplingParams(temperature=temperature, max_tokens=tokens, ignore_eos=True, seed=0)
@@ -102,7 +107,7 @@ def boost(
             say(f"draft {number}: only {len(left)} pieces are left, nothing to tune on")
             break
         model = trainable(start)
-        tune(model, [pieces[i] for i in left], recipe, rng, say)
+        tune(model, [pieces[int(i)] for i in left], recipe, rng, say)
         hits = foretold(model, pieces)
         any_hit |= hits
         marked = hits.mean(1) >= recipe.share
@@ -121,7 +126,9 @@ def trainable(start: str) -> Llama:
     return model.train()
 
 
-def tune(model: Llama, pieces: Sequence[Piece], recipe: BoostRecipe, rng: np.random.Generator, say: Callable[[str], None]) -> None:
+def tune(
+    model: Llama, pieces: Sequence[Piece], recipe: BoostRecipe, rng: np.random.Generator, say: Callable[[str], None]
+) -> None:
     """AdamW on the pieces' tokens until the held-back loss stops falling; the best weights stay."""
     order = rng.permutation(len(pieces))
     held = max(1, int(recipe.held * len(pieces)))
@@ -153,7 +160,7 @@ def batches(pieces: Sequence[Piece], rng: np.random.Generator | None = None) -> 
     order = np.arange(len(pieces)) if rng is None else rng.permutation(len(pieces))
     groups: list[list[Piece]] = [[]]
     size = 0
-    for i in order:
+    for i in order.tolist():
         length = len(pieces[i].context) + len(pieces[i].tokens)
         if groups[-1] and size + length > BATCH_TOKENS:
             groups.append([])

@@ -137,9 +137,8 @@ def boost(
 ) -> None:
     """Tune several draft models, each on what the ones before it cannot foretell, for SpecInfer."""
     from wager.serve.llm import LLM
-    from wager.serve.speculate.boost import BoostRecipe
+    from wager.serve.speculate.boost import BoostRecipe, pieces_of
     from wager.serve.speculate.boost import boost as tune_all
-    from wager.serve.speculate.boost import pieces_of
 
     recipe = BoostRecipe(count=count, rounds=rounds)
     llm = LLM(target, dtype=dtype)
@@ -151,7 +150,9 @@ def boost(
     rows = [[str(t.path), str(t.pieces), str(t.marked), f"{t.hits:.1%}", f"{t.hits_on_own:.1%}"] for t in tuned]
     _table(["draft", "tuned on", "then marked", "foretells of all", "of its own"], rows)
     names = json.dumps([str(t.path) for t in tuned])
-    print(f'any of them foretells {together:.1%}; use: {{"method": "specinfer", "drafts": {names}, "expansion": [1, 1, 1, 1]}}')
+    print(
+        f'any of them foretells {together:.1%}; use: {{"method": "specinfer", "drafts": {names}, "expansion": [1, 1, 1, 1]}}'
+    )
 
 
 @app.command()

@@ -62,7 +62,9 @@ class DrafterFactory:
         return makers[config.method](config)
 
     def _chain(self, config: SpeculativeConfig) -> ModelChainDrafter:
-        return ModelChainDrafter(self.draft(config.draft_models[0], config), config.num_speculative_tokens or 4, self.sampler)
+        return ModelChainDrafter(
+            self.draft(config.draft_models[0], config), config.num_speculative_tokens or 4, self.sampler
+        )
 
     def _sequoia(self, config: SpeculativeConfig) -> SequoiaDrafter:
         draft = self.draft(config.draft_models[0], config)
