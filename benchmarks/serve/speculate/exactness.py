@@ -124,7 +124,9 @@ def law_grid(samples: int) -> list[list[str]]:
     from tests.serve.speculate.grid import ALLOWED, BY_RATIO, SAMPLED_GRID, TextLaw, configs, g_test, tokens_of
 
     table = [["method", "temperature", "top-p", "texts", "p-value"]]
-    small: dict[str, Any] = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=416, initializer_range=0.25)
+    small: dict[str, Any] = dict(
+        num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=416, initializer_range=0.25
+    )
     with tempfile.TemporaryDirectory() as folder:
         target, draft = (build_llama(_made(Path(folder) / str(seed)), seed=seed, **small) for seed in (11, 12))
         law = TextLaw(target, PROMPT)

@@ -27,12 +27,6 @@ def flat(tmp_path_factory):
     return target, draft, TextLaw(target, PROMPT)
 
 
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """A draft that disagrees with the target more."""
-    return build_llama(tmp_path_factory.mktemp("other"), seed=14, **SMALL)
-
-
 def sampled(llm, temperature, top_p, count):
     """Texts of three tokens, `count` of them, 128 requests at a time."""
     params = SamplingParams(
@@ -120,13 +114,6 @@ def sorted_draws(probs_W, count, uniforms):
     return sorted(drawn, key=lambda token: -probs_W[token])
 
 
-def tried_once(target_W, drafts_W, tokens, uniforms):
-    """Equal draws are merged into one candidate."""
-    first = [i for i, token in enumerate(tokens) if token not in tokens[:i]]
-    index, token = ratio.independent(target_W, [drafts_W[i] for i in first], [tokens[i] for i in first], uniforms)
-    return (None if index is None else first[index]), token
-
-
 def accepts_always(target_W, drafts_W, tokens, uniforms):
     return (0, tokens[0]) if tokens else ratio.independent(target_W, drafts_W, tokens, uniforms)
 
@@ -136,17 +123,14 @@ def accepts_always(target_W, drafts_W, tokens, uniforms):
     [
         (sequoia, "draw_without_replacement", most_likely, {"method": "sequoia", "tree": [-1, -1, 0, 0, 1, 1]}),
         (sequoia, "draw_without_replacement", sorted_draws, {"method": "sequoia", "tree": [-1, -1, 0, 0, 1, 1]}),
-        (specinfer, "independent", tried_once, {"method": "specinfer", "expansion": [4, 3]}),
         (specinfer, "independent", accepts_always, {"method": "specinfer", "expansion": [2, 1]}),
     ],
 )
-def test_wrong_rules_in_the_engine_are_found_out(module, function, wrong, config, flat, other, monkeypatch):
-    """Equal draws are frequent, and so their merging visible, where the draft is peaked: a draft of its own, at temperature 0.4."""
+def test_wrong_rules_in_the_engine_are_found_out(module, function, wrong, config, flat, monkeypatch):
+    """Merged equal draws bias a text of three tokens too little for this test; test_ratio.py finds them by enumeration."""
     target, draft, law = flat
-    merging = wrong is tried_once
     room = 4096  # tokens of a step, so that every request gets its whole tree
-    llm = engine(flat, {**config, "draft": str(other if merging else draft)}, max_num_batched_tokens=room)
-    temperature = 0.4 if merging else 1.0
-    assert g_test(sampled(llm, temperature, 1.0, 1280), law.at(temperature, 1.0)) > SIGNIFICANCE, "right as it is"
+    llm = engine(flat, {**config, "draft": str(draft)}, max_num_batched_tokens=room)
+    assert g_test(sampled(llm, 1.0, 1.0, 1280), law.at(1.0, 1.0)) > SIGNIFICANCE, "right as it is"
     monkeypatch.setattr(module, function, wrong)
-    assert g_test(sampled(llm, temperature, 1.0, 2560), law.at(temperature, 1.0)) <= SIGNIFICANCE
+    assert g_test(sampled(llm, 1.0, 1.0, 2560), law.at(1.0, 1.0)) <= SIGNIFICANCE

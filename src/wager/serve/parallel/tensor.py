@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -103,7 +103,7 @@ class ShardedLlama(Llama):
             self.head = nn.Identity()  # only process 0 makes logits
         for block in self.layers:
             for name in ("attention.output", "mlp.down"):
-                block.get_submodule(name).register_forward_hook(lambda _module, _args, y_TD: shard.sum(y_TD))
+                block.get_submodule(name).register_forward_hook(_summing(shard))
 
     def make_block(self, layer: int, dtype: torch.dtype | None) -> nn.Module:
         return ShardedBlock(self.config, layer, dtype)
@@ -119,6 +119,15 @@ class ShardedLlama(Llama):
                 return self.shard.of(tensor, 1)
             return tensor if self.shard.rank == 0 else torch.zeros_like(tensor)
         return tensor
+
+
+def _summing(shard: Shard) -> Callable[..., Tensor]:
+    """A hook behind a linear whose input is divided."""
+
+    def hook(_module: nn.Module, _inputs: Any, y_TD: Tensor) -> Tensor:
+        return shard.sum(y_TD)
+
+    return hook
 
 
 def load_shard(name: str | Path, dtype: str, shard: Shard, quantization: str | None = None) -> LoadedModel:
