@@ -20,17 +20,19 @@ from wager.models.loader import LoadedModel, load_model
 from wager.native.memory import keep_freed_memory
 from wager.serve.cache.block_manager import BlockManager
 from wager.serve.cache.pool import KVPool, groups_for
-from wager.serve.config import EngineConfig
+from wager.serve.config import EngineConfig, SpeculativeConfig
 from wager.serve.core import EngineCore
 from wager.serve.lora import load_adapter
 from wager.serve.observe import Observer
-from wager.serve.offload import LayerRing
+from wager.serve.offload import LayerRing, layers_within
+from wager.serve.parallel.tensor import Shard, Team, TensorParallelRunner, load_shard
 from wager.serve.runner import ModelRunner
 from wager.serve.sampling.grammar import GrammarCompiler
 from wager.serve.sampling.sampler import Sampler
 from wager.serve.schedule.continuous import ContinuousScheduler, SchedulerConfig
 from wager.serve.speculate.draft_engine import DraftModel
 from wager.serve.speculate.methods import DrafterFactory, build_speculator
+from wager.serve.speculate.small_head import shrink_head
 from wager.serve.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -66,13 +68,13 @@ def build_engine(config: EngineConfig, observers: Sequence[Observer] = ()) -> En
     """Load everything. Raises CheckpointError, UsageError or CapacityError with the remedy."""
     device = pick_device(config.device)
     keep_freed_memory()
-    loaded = load_served_model(config.model, config, device)
-    if config.offload_layers:
-        file = Path(config.offload_file) if config.offload_file else None
-        LayerRing(loaded.model, config.offload_layers, file, config.offload_bytes_per_s)  # lives in the model's hooks
+    loaded, team = load_target(config, device)
+    stream_layers(loaded.model, config)
     limits = decide_limits(config, loaded.model, device)
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, loaded)
     runner = build_runner(loaded.model, config, limits, device)
+    if team is not None:
+        runner = TensorParallelRunner(runner, team)
     scheduler = ContinuousScheduler(
         SchedulerConfig(
             max_num_seqs=limits.max_num_seqs,
@@ -84,7 +86,10 @@ def build_engine(config: EngineConfig, observers: Sequence[Observer] = ()) -> En
     )
     sampler = Sampler(loaded.model.vocab_size, device, np.random.default_rng(config.seed))
     factory = DrafterFactory(
-        runner, lambda name: build_draft(name, config, limits, loaded.model, device), sampler, limits.max_model_len
+        runner,
+        lambda name, own: build_draft(name, own, config, limits, loaded.model, device),
+        sampler,
+        limits.max_model_len,
     )
     core = EngineCore(
         runner,
@@ -125,14 +130,50 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_served_model(name: str, config: EngineConfig, device: torch.device) -> LoadedModel:
-    """Load and prepack a checkpoint; the shipped pair goes by its names."""
+def load_target(config: EngineConfig, device: torch.device) -> tuple[LoadedModel, Team | None]:
+    """The model that is served: whole, or this process's slice and the team that holds the others."""
+    if config.tensor_parallel_size == 1:
+        return load_served_model(config.model, config, device), None
+    if device.type != "cpu":
+        raise UsageError(
+            f"tensor_parallel_size {config.tensor_parallel_size} splits a model over CPU processes: use device='cpu'",
+            param="tensor_parallel_size",
+        )
+    name = demo.path(config.model) if demo.is_demo(config.model) else config.model
+    load_shard(
+        name, config.dtype, Shard(0, config.tensor_parallel_size)
+    )  # what is wrong with it is said before processes start
+    team = Team(name, config.dtype, config.tensor_parallel_size, config.quantization)
+    return load_shard(name, config.dtype, team.shard, config.quantization), team
+
+
+def load_served_model(
+    name: str,
+    config: EngineConfig,
+    device: torch.device,
+    quantization: str | None = None,
+    head_rows: int | None = None,
+) -> LoadedModel:
+    """Load and prepack a checkpoint; the shipped pair goes by its names. quantization, head_rows: of a draft model."""
     path = str(demo.path(name)) if demo.is_demo(name) else name
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     loaded = load_model(path, dtype=dtype, device=device)
     loaded.model.requires_grad_(False)
-    loaded.model.prepack(config.quantization or kernels.usual_mode(loaded.model.dtype, device))
+    if head_rows is not None:
+        shrink_head(loaded.model, head_rows)
+    loaded.model.prepack(quantization or config.quantization or kernels.usual_mode(loaded.model.dtype, device))
     return loaded
+
+
+def stream_layers(model: Model, config: EngineConfig) -> LayerRing | None:
+    """Put the model's layers on disk if the configuration says so; the ring lives in the model's hooks."""
+    slots = config.offload_layers
+    if config.offload_memory is not None:
+        slots = layers_within(model, int(config.offload_memory))
+    if not slots:
+        return None
+    file = Path(config.offload_file) if config.offload_file else None
+    return LayerRing(model, slots, file, config.offload_bytes_per_s)
 
 
 def load_tokenizer(config: EngineConfig, loaded: LoadedModel) -> Tokenizer:
@@ -184,9 +225,16 @@ def build_runner(model: Model, config: EngineConfig, limits: Limits, device: tor
     return ModelRunner(model, pool, blocks)
 
 
-def build_draft(name: str, config: EngineConfig, limits: Limits, target: Model, device: torch.device) -> DraftModel:
+def build_draft(
+    name: str,
+    own: SpeculativeConfig,
+    config: EngineConfig,
+    limits: Limits,
+    target: Model,
+    device: torch.device,
+) -> DraftModel:
     """The draft shares the target's vocabulary; its pool holds as many tokens as the target's may."""
-    loaded = load_served_model(name, config, device)
+    loaded = load_served_model(name, config, device, own.draft_quantization, own.draft_vocabulary)
     if loaded.model.vocab_size != target.vocab_size:
         raise UsageError(
             f"draft {name!r} has {loaded.model.vocab_size} tokens, the target {target.vocab_size}: "

@@ -20,8 +20,16 @@ Quantization = Annotated[str | None, typer.Option(help="quantise weights while l
 MaxLen = Annotated[int | None, typer.Option(help="longest prompt plus output, in tokens")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Speculative = Annotated[
-    str | None, typer.Option(help='JSON, e.g. \'{"draft": "demo-draft", "num_speculative_tokens": 4}\'')
+    str | None,
+    typer.Option(
+        help='JSON, e.g. \'{"method": "sequoia", "draft": "demo-draft"}\', or a list: requests choose by "speculative_method"'
+    ),
 ]
+OffloadMemory = Annotated[
+    str | None, typer.Option(help="hold at most so much of the model's layers, e.g. 2GB, and stream them from disk")
+]
+OffloadFile = Annotated[str | None, typer.Option(help="where streamed layers lie; default: a temporary file")]
+OffloadRate = Annotated[float | None, typer.Option(help="stream no faster than so many bytes per second")]
 
 
 @app.command()
@@ -56,6 +64,10 @@ def serve(
     lora: Annotated[list[str] | None, typer.Option(help="name=directory of a PEFT adapter; may be repeated")] = None,
     max_loras: Annotated[int, typer.Option(help="adapters that may be loaded at once")] = 8,
     speculative_config: Speculative = None,
+    tensor_parallel_size: Annotated[int, typer.Option(help="processes that the model is divided over, on a CPU")] = 1,
+    offload_memory: OffloadMemory = None,
+    offload_file: OffloadFile = None,
+    offload_bytes_per_s: OffloadRate = None,
     step_log: Annotated[str | None, typer.Option(help="write one JSON line per engine step to this file")] = None,
     seed: Annotated[int, typer.Option(help="seeds requests that bring no seed")] = 0,
     device: Device = "auto",
@@ -87,6 +99,10 @@ def serve(
         lora_modules=dict(_named_path(item) for item in lora or ()),
         max_loras=max_loras,
         speculative_config=_json_option(speculative_config, "speculative-config"),
+        tensor_parallel_size=tensor_parallel_size,
+        offload_memory=offload_memory,
+        offload_file=offload_file,
+        offload_bytes_per_s=offload_bytes_per_s,
         seed=seed,
         device=device,
     )
@@ -174,6 +190,7 @@ def generate(
     quantization: Quantization = None,
     max_model_len: MaxLen = None,
     speculative_config: Speculative = None,
+    offload_memory: OffloadMemory = None,
     device: Device = "auto",
 ) -> None:
     """Continue PROMPT once, in this process, and print the text."""
@@ -187,6 +204,7 @@ def generate(
         quantization=quantization,
         max_model_len=max_model_len,
         speculative_config=_json_option(speculative_config, "speculative-config"),
+        offload_memory=offload_memory,
         device=device,
         max_num_seqs=1,
     )
@@ -218,13 +236,14 @@ def _named_path(item: str) -> tuple[str, str]:
     return name, path
 
 
-def _json_option(text: str | None, name: str) -> dict | None:
+def _json_option(text: str | None, name: str) -> dict | list | None:
     if text is None:
         return None
     try:
         value = json.loads(text)
     except ValueError as error:
         raise UsageError(f"--{name} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"--{name} must be a JSON object, got {text!r}")
+    several = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    if not isinstance(value, dict) and not several:
+        raise UsageError(f"--{name} must be a JSON object or a list of them, got {text!r}")
     return value

@@ -35,6 +35,9 @@ class SpeculativeConfig:
         method: draft_model (greedy chain), sequoia, specinfer, specexec, suffix or ngram.
         draft: the draft model: "demo-draft", a directory or a hub id. For suffix it is optional and drafts where matches are weak.
         drafts: several draft models, for specinfer.
+        draft_quantization: how the draft models' weights are kept, as `quantization` says it for the target; None: as the target's.
+        draft_vocabulary: the draft models only guess among so many tokens, those that byte-pair merges made first; a smaller head
+            is a cheaper draft, and tokens it cannot guess come from the target. None: all.
         num_speculative_tokens: most guesses of a chain, a suffix draft or a look-up.
         disable_by_batch_size: no guesses while more than this many requests are running.
         auto: switch drafting off, per request and batch size, where measured times say that it does not pay.
@@ -52,6 +55,8 @@ class SpeculativeConfig:
     method: str = "draft_model"
     draft: str | None = None
     drafts: tuple[str, ...] = ()
+    draft_quantization: str | None = None
+    draft_vocabulary: int | None = None
     num_speculative_tokens: int | None = None
     disable_by_batch_size: int | None = None
     auto: bool = True
@@ -118,6 +123,10 @@ class SpeculativeConfig:
         ):
             check_integer(name, getattr(self, name), 1, "speculative_config")
         check_integer("max_tree_size", self.max_tree_size, 2, "speculative_config")
+        check_integer("draft_vocabulary", self.draft_vocabulary, 1, "speculative_config")
+        for name in ("draft_quantization", "draft_vocabulary"):
+            if getattr(self, name) is not None and not self.draft_models:
+                raise self._error(f"{name} {getattr(self, name)!r} needs a draft model")
         check_integer("disable_by_batch_size", self.disable_by_batch_size, 0, "speculative_config")
         if not self.expansion or min(self.expansion) < 1:
             raise self._error(f"expansion must be a list of numbers from 1 on, got {list(self.expansion)}")
@@ -158,6 +167,8 @@ class EngineConfig:
         max_loras: adapters that may be loaded at once; 0 turns adapters off.
         offload_layers: decoder layers of the model held in memory at a time, the others are streamed from offload_file (default: a
             temporary file), no faster than offload_bytes_per_s; 0 holds the whole model.
+        tensor_parallel_size: processes that the model's layers are divided over, on a CPU.
+        offload_memory: the same as a budget in bytes ("2GB"): as many layers are held as fit; all of them if they do.
         speculative_config: a SpeculativeConfig, a dict of its fields, or a list of them; kept as a tuple.
     """
 
@@ -175,7 +186,9 @@ class EngineConfig:
     long_prefill_threshold: int = 0
     max_queue: int = 1024
     speculative_config: Any = None
+    tensor_parallel_size: int = 1
     offload_layers: int = 0
+    offload_memory: int | str | None = None
     offload_file: str | None = None
     offload_bytes_per_s: float | None = None
     skip_tokenizer_init: bool = False
@@ -197,14 +210,45 @@ class EngineConfig:
                 f"scheduling policy {self.scheduling_policy!r} is unknown; use one of {', '.join(POLICIES)}",
                 param="scheduling_policy",
             )
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue"):
+        sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue")
+        for name in (*sizes, "tensor_parallel_size"):
             check_integer(name, getattr(self, name), 1, name)
         for name in ("long_prefill_threshold", "max_loras", "offload_layers"):
             check_integer(name, getattr(self, name), 0, name)
         if isinstance(self.kv_cache_memory, str) and self.kv_cache_memory != "auto":
             object.__setattr__(self, "kv_cache_memory", parse_bytes(self.kv_cache_memory))
+        if isinstance(self.offload_memory, str):
+            object.__setattr__(self, "offload_memory", parse_bytes(self.offload_memory))
+        check_integer("offload_memory", self.offload_memory, 1, "offload_memory")
+        self._check_offload()
         if self.kv_cache_memory != "auto":
             check_integer("kv_cache_memory", self.kv_cache_memory, 1, "kv_cache_memory")
+
+    @property
+    def offloads(self) -> bool:
+        return bool(self.offload_layers) or self.offload_memory is not None
+
+    def _check_offload(self) -> None:
+        if self.tensor_parallel_size > 1 and (self.offloads or self.lora_modules):
+            other = "offloaded weights" if self.offloads else "adapters"
+            raise UsageError(
+                f"tensor_parallel_size {self.tensor_parallel_size} and {other} do not go together; drop one of them",
+                param="tensor_parallel_size",
+            )
+        if self.offload_layers and self.offload_memory is not None:
+            raise UsageError(
+                f"give offload_layers {self.offload_layers} or offload_memory {self.offload_memory}, not both",
+                param="offload_memory",
+            )
+        rate = self.offload_bytes_per_s
+        if rate is not None and not rate > 0:
+            raise UsageError(f"offload_bytes_per_s must be above 0, got {rate}", param="offload_bytes_per_s")
+        for name in ("offload_file", "offload_bytes_per_s"):
+            if getattr(self, name) is not None and not self.offloads:
+                raise UsageError(
+                    f"{name} {getattr(self, name)!r} needs offload_memory (or offload_layers): nothing is streamed without it",
+                    param=name,
+                )
 
 
 def check_integer(name: str, value: Any, low: int, param: str) -> None:

@@ -25,6 +25,7 @@ LATER = "to come as a system of its own, see `wager systems`"
 
 
 METHODS = "tests/serve/speculate/test_methods.py::"
+LAW = "tests/serve/speculate/test_law.py::"
 SUFFIX = "tests/serve/speculate/test_suffix_tree.py::"
 
 
@@ -62,13 +63,13 @@ DECODING = (
     Feature(
         "speculative_model_free", "algorithm/decoding", "model-free speculation (n-gram, suffix tree)", EXACT,
         ("speculative_config",), "wager.serve.speculate.suffix:SuffixDrafter",
-        (METHODS + "test_matching_methods_keep_seeded_samples", SUFFIX + "test_drafts_score_what_brute_force_scores"),
+        (LAW + "test_matching_methods_keep_seeded_samples_on_the_whole_grid", SUFFIX + "test_drafts_score_what_brute_force_scores"),
         enabled_when=lambda c: any(s.method in ("suffix", "ngram") for s in c.speculative_config),
     ),
     Feature(
         "speculative_trees", "algorithm/decoding", "token trees: SpecInfer, Sequoia, SpecExec", SAME,
         ("speculative_config", "speculative_method"), "wager.serve.speculate.speculator:Speculator",
-        (METHODS + "test_greedy_text_is_that_of_plain_decoding", METHODS + "test_sampled_texts_have_the_target_law"),
+        (METHODS + "test_greedy_text_is_that_of_plain_decoding", LAW + "test_sampled_texts_have_the_target_law"),
         note="greedy output is identical; sampled output has the same distribution; SpecExec's is identical seed for seed",
         enabled_when=lambda c: any(s.method in ("specinfer", "sequoia", "specexec") for s in c.speculative_config),
     ),
@@ -121,7 +122,14 @@ QUANTIZATION = (
 )  # fmt: skip
 
 PARALLEL = (
-    absent("tensor_parallel", "system/parallelism", "tensor parallelism", "one process computes on one device"),
+    Feature(
+        "tensor_parallel", "system/parallelism", "a model divided over processes by heads and MLP columns (gloo)", EXACT,
+        ("tensor_parallel_size",), "wager.serve.parallel.tensor:TensorParallelRunner",
+        ("tests/serve/parallel/test_tensor.py::test_two_processes_generate_the_same_tokens_with_and_without_trees",
+         "tests/serve/parallel/test_tensor.py::test_slices_add_up_to_the_model"),
+        note="greedy tokens are identical up to the order of additions",
+        enabled_when=lambda c: c.tensor_parallel_size > 1,
+    ),
     absent("pipeline_parallel", "system/parallelism", "pipeline parallelism", LATER),
     absent("disaggregation", "system/parallelism", "prefill and decode on separate machines", LATER),
 )  # fmt: skip
@@ -152,9 +160,9 @@ MEMORY = (
     ),
     Feature(
         "weight_offload", "system/memory", "layers streamed from disk through a ring of buffers", EXACT,
-        ("offload_layers", "offload_file", "offload_bytes_per_s"), "wager.serve.offload:LayerRing",
+        ("offload_memory", "offload_layers", "offload_file", "offload_bytes_per_s"), "wager.serve.offload:LayerRing",
         ("tests/serve/test_offload.py::test_streamed_layers_compute_the_same_bits",),
-        enabled_when=lambda c: c.offload_layers > 0,
+        enabled_when=lambda c: c.offloads,
     ),
     Feature(
         "mmap_loading", "system/memory", "streamed loading of sharded checkpoints", EXACT, (), "wager.models.loader:load_model",

@@ -1,6 +1,7 @@
 """Runs a model whose layers do not fit in memory: they are streamed from a file through a small ring of buffers while others compute.
 
-For a user: `offload_layers=2` holds two decoder layers in memory at a time; embeddings, norms and the output head stay. A pass then costs
+For a user: `offload_memory="2GB"` (or `wager serve --offload-memory 2GB`) holds as many decoder layers in memory at a time as fit that
+budget (`offload_layers=2` says it as a number); embeddings, norms and the output head stay. A pass then costs
 what reading the file costs, whether it verifies one token or hundreds: the case for large token trees (SpecExec, arXiv 2406.02532).
 
 Each layer's tensors lie one after another in the file, layer i is read into ring slot i % slots, and its tensors are views of that slot for
@@ -258,6 +259,33 @@ def _store(layers: nn.ModuleList, path: Path | None) -> _File:
         file.flush()
         os.fsync(file.fileno())
     return _File(path, stored)
+
+
+def layers_within(model: nn.Module, budget_bytes: int) -> int:
+    """How many of the model's layers a ring of `budget_bytes` holds; 0 when all of them fit and nothing need be streamed.
+
+    Raises UsageError when the budget holds fewer than two: one computes while the next is read.
+    """
+    layers = list(getattr(model, "layers", ()))
+    sizes = [_layer_bytes(layer) for layer in layers]
+    if layers and sum(sizes) <= budget_bytes:
+        return 0
+    slots = budget_bytes // max(sizes, default=1)
+    if layers and slots < 2:
+        raise UsageError(
+            f"offload_memory of {budget_bytes} bytes holds {slots} of this model's layers of {max(sizes)} bytes; "
+            f"give at least {2 * max(sizes)}",
+            param="offload_memory",
+        )
+    return max(2, slots)
+
+
+def _layer_bytes(layer: nn.Module) -> int:
+    """What one layer takes in the file and in its slot."""
+    at = 0
+    for _, _, tensor in tensors_of(layer):
+        at = -(-at // TENSOR_ALIGN) * TENSOR_ALIGN + tensor.nbytes
+    return -(-at // ALIGN) * ALIGN
 
 
 def tensors_of(layer: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:

@@ -19,7 +19,7 @@ from wager import kernels
 from wager.models.base import Adapters, Attend, Model
 from wager.serve.batch import Batch, KVTables, Span
 from wager.serve.cache.block_manager import BlockManager
-from wager.serve.cache.pool import KVPool
+from wager.serve.cache.pool import KVPool, groups_for
 from wager.serve.token_tree import TokenTree, pack_bits
 
 
@@ -93,10 +93,7 @@ class ModelRunner:
     def __init__(self, model: Model, pool: KVPool, blocks: BlockManager):
         self.model, self.pool, self.blocks = model, pool, blocks
         self.device = model.device
-        self.group_of_layer = [0] * len(model.attention)
-        for number, group in enumerate(blocks.groups):
-            for layer in group.layers:
-                self.group_of_layer[layer] = number
+        self.group_of_layer = layer_groups(model)
 
     def build(self, inputs: Sequence[SpanInput], adapters: Callable[[Tensor], Adapters | None] | None = None) -> Batch:
         """Lay the spans out one after another. `adapters` makes the batch's adapters from its span starts."""
@@ -154,7 +151,10 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """hidden_TD after the final norm; the batch's keys and values are in the pool afterwards."""
-        copies = self.blocks.take_copies()
+        return self.run(batch, self.blocks.take_copies())
+
+    def run(self, batch: Batch, copies: Sequence[tuple[int, int, int]]) -> Tensor:
+        """`forward` after these copies of blocks; a model split over processes sends both on."""
         if copies:
             self.pool.copy_blocks(copies)
         attend: Attend = PagedAttend(self.model, self.pool, self.group_of_layer, self.blocks.block_size, batch)
@@ -180,7 +180,19 @@ class ModelRunner:
         for group in range(len(self.blocks.groups)):
             table = np.asarray(self.blocks.table(seq, group), dtype=np.int64)
             slots = [table[index // block_size] * block_size + index % block_size for index in (source, target)]
-            self.pool.move(group, self._to_device(slots[0]), self._to_device(slots[1]))
+            self.move(group, self._to_device(slots[0]), self._to_device(slots[1]))
+
+    def move(self, group: int, source_slots: Tensor, target_slots: Tensor) -> None:
+        self.pool.move(group, source_slots, target_slots)
+
+
+def layer_groups(model: Model) -> list[int]:
+    """The KV group of each layer."""
+    numbers = [0] * len(model.attention)
+    for number, group in enumerate(groups_for(model.attention)):
+        for layer in group.layers:
+            numbers[layer] = number
+    return numbers
 
 
 def _token_parts(span: SpanInput) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """The factory: training learns, processes average their gradients, a distilled draft agrees with its target, files load anywhere."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from wager.errors import UsageError
 from wager.models.attend import causal_attention
 from wager.models.demo import __main__ as factory
 from wager.models.demo import train as training
 from wager.models.demo.evaluate import evaluate_pair, format_table
 from wager.models.demo.export import save_description, save_weights
+from wager.models.demo.grow import grow
 from wager.models.demo.tokenizer import train_tokenizer
 from wager.models.demo.train import Recipe, schedule, train
 from wager.models.llama import Llama, LlamaConfig
@@ -122,3 +125,29 @@ def test_an_unknown_preset_is_refused(tmp_path):
     app.command()(factory.main)
     result = CliRunner().invoke(app, ["--out", str(tmp_path), "--preset", "huge"])
     assert result.exit_code == 2 and "huge" in result.output
+
+
+def test_a_grown_model_computes_what_its_source_computes_and_keeps_learning(pair, tmp_path):
+    """Layers added by block expansion say nothing before training, and gradients reach them."""
+    recipe = Recipe(1, batch_tokens=512, window=64, short_window=32, start=str(pair / "demo"), learning_rate=1e-3)
+    before, after = tmp_path / "before", tmp_path / "after"
+    for out, steps in ((before, 0), (after, 12)):
+        save_description(config(layers=3), train_tokenizer(["some text for a vocabulary"], VOCAB), out)
+        train(
+            config(layers=3),
+            pair / "train.npy",
+            out,
+            replace(recipe, tokens=max(1, 512 * steps), minutes=None if steps else 1e-9),
+        )
+    tokens = torch.from_numpy(np.load(pair / "heldout-code.npy")[:60].astype(np.int64))
+    logits = {}
+    for path in (pair / "demo", before, after):
+        model = load_model(path, torch.float32).model
+        logits[path] = model.logits(model(tokens, torch.arange(60), causal_attention(model)))
+    torch.testing.assert_close(logits[before], logits[pair / "demo"], atol=1e-5, rtol=1e-5)
+    assert not load_file(before / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].any()
+    assert load_file(after / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].any()
+    with pytest.raises(UsageError, match="only the depth may differ"):
+        grow(load_model(before, torch.float32).model, Llama(LlamaConfig.from_checkpoint(config(16)), torch.float32))
+    with pytest.raises(UsageError, match="3 layers cannot grow into one of 1"):
+        grow(load_model(pair / "demo", torch.float32).model, load_model(before, torch.float32).model)

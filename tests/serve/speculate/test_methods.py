@@ -1,45 +1,18 @@
-"""Every method in the whole engine: greedy text never changes, sampled text has the target's law, nothing leaks."""
+"""Every method in the whole engine: greedy text never changes, methods compose with everything else, nothing leaks. Laws: test_law.py."""
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2
 
+from tests.serve.speculate.grid import METHODS as NAMES
+from tests.serve.speculate.grid import configs, tokens_of
 from wager.errors import UsageError
 from wager.serve.llm import LLM
 from wager.serve.params import SamplingParams, StructuredOutputs
 
 PROMPTS = [[5, 9, 300, 17], [44] * 40, list(range(10, 90)), [399], [7, 8, 9] * 25, list(range(100, 133))]
 LENGTHS = [12, 30, 7, 40, 20, 25]
-
-
-def configs(target, draft):
-    """Every method, with bad guesses (another random model) and good ones (the target itself)."""
-    target, draft = str(target), str(draft)
-    return {
-        "chain": {"draft": draft, "num_speculative_tokens": 3},
-        "sequoia": {"method": "sequoia", "draft": draft, "tree": [-1, -1, 0, 0, 1, 2, 2]},
-        "sequoia-perfect": {"method": "sequoia", "draft": target, "tree": [-1, 0, 1, -1, 0, 4]},
-        "sequoia-auto": {"method": "sequoia", "draft": target, "max_tree_size": 8, "max_depth": 4},
-        "specinfer": {"method": "specinfer", "draft": draft, "expansion": [2, 2, 1]},
-        "specinfer-merged": {"method": "specinfer", "drafts": [draft, target], "expansion": [1, 2, 1]},
-        "specinfer-naive": {"method": "specinfer", "draft": target, "expansion": [1, 3, 1], "verify": "naive"},
-        "specexec": {"method": "specexec", "draft": draft, "budget": 20, "beams": 4, "max_depth": 5},
-        "specexec-perfect": {"method": "specexec", "draft": target, "budget": 12, "beams": 3, "max_depth": 6},
-        "suffix": {"method": "suffix", "num_speculative_tokens": 8, "suffix_max_spec_factor": 2.0},
-        "suffix-tree": {"method": "suffix", "suffix_tree": True, "suffix_max_spec_offset": 2.0},
-        "hybrid": {"method": "suffix", "draft": target, "suffix_hybrid_threshold": 2.0},
-        "ngram": {"method": "ngram", "num_speculative_tokens": 5},
-    }
-
-
-NAMES = list(configs("", ""))
-
-
-def tokens_of(outputs):
-    return [choice.token_ids for output in outputs for choice in output.outputs]
 
 
 def greedy(max_tokens, **options):
@@ -86,101 +59,12 @@ def test_greedy_text_is_that_of_plain_decoding(name, tiny_dir, tiny_draft_dir, e
     assert_drained(llm)
 
 
-@pytest.mark.parametrize("name", ["chain", "specinfer-naive", "specexec", "suffix", "ngram", "hybrid"])
-def test_matching_methods_keep_seeded_samples(name, tiny_dir, tiny_draft_dir):
-    params = SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=7, max_tokens=20, ignore_eos=True)
-    llm = LLM(str(tiny_dir), speculative_config={**configs(tiny_dir, tiny_draft_dir)[name], "auto": False})
-    assert tokens_of(llm.generate(PROMPTS, params)) == tokens_of(LLM(str(tiny_dir)).generate(PROMPTS, params))
-
-
 @pytest.mark.parametrize("name", ["sequoia", "sequoia-perfect", "specinfer", "specinfer-merged"])
 def test_a_seed_repeats_a_sample_whatever_runs_beside_it(name, tiny_dir, tiny_draft_dir):
     llm = LLM(str(tiny_dir), speculative_config={**configs(tiny_dir, tiny_draft_dir)[name], "auto": False})
     params = SamplingParams(temperature=0.9, seed=3, max_tokens=15, ignore_eos=True)
     alone = [tokens_of(llm.generate(p, params))[0] for p in PROMPTS]
     assert tokens_of(llm.generate(PROMPTS, params)) == alone
-
-
-# -- the law of sampled text -----------------------------------------------------------------------------------------------------
-
-ALLOWED = (3, 4, 5)  # the request allows three tokens, so all texts of three tokens can be counted
-
-
-def law_of_texts(directory, prompt, temperature, top_p):
-    """P(text) for the 27 texts, from the model's own logits."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    law = {}
-
-    def following(tokens):
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + tokens])).logits[0, -1].double()[list(ALLOWED)]
-        p = (logits / temperature).softmax(-1).numpy()
-        order = np.argsort(-p, kind="stable")
-        kept = order[: int(np.searchsorted(np.cumsum(p[order]), top_p - 1e-9)) + 1]
-        q = np.zeros(3)
-        q[kept] = p[kept]
-        return q / q.sum()
-
-    first = following([])
-    for i, a in enumerate(ALLOWED):
-        second = following([a])
-        for j, b in enumerate(ALLOWED):
-            third = following([a, b])
-            for k, c in enumerate(ALLOWED):
-                law[a, b, c] = first[i] * second[j] * third[k]
-    return law
-
-
-@pytest.fixture(scope="session")
-def flat_dirs(tmp_path_factory):
-    """Two models with flat distributions over the same tiny vocabulary."""
-    from tests.serve.conftest import build_llama
-
-    small = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=416, initializer_range=0.25)
-    return [build_llama(tmp_path_factory.mktemp(f"flat{seed}"), seed=seed, **small) for seed in (11, 12)]
-
-
-def g_test(counts, law):
-    """p-value of the likelihood-ratio test; texts of probability 0 must not occur."""
-    n = sum(counts.values())
-    assert all(law[text] > 0 for text in counts)
-    possible = [t for t, p in law.items() if p * n >= 5]
-    rest = n - sum(counts.get(t, 0) for t in possible)
-    rest_p = 1 - sum(law[t] for t in possible)
-    g = 2 * sum(counts[t] * np.log(counts[t] / (n * law[t])) for t in possible if counts.get(t))
-    g += 2 * rest * np.log(rest / (n * rest_p)) if rest and rest_p > 1e-9 else 0
-    return chi2.sf(g, max(len(possible) - (rest_p <= 1e-9), 1))
-
-
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.9)])
-@pytest.mark.parametrize("name", ["sequoia", "specinfer", "specinfer-merged", "specexec", "chain"])
-def test_sampled_texts_have_the_target_law(name, temperature, top_p, flat_dirs):
-    target, draft = flat_dirs
-    prompt = [7, 8, 9]
-    law = law_of_texts(target, prompt, temperature, top_p)
-    llm = LLM(str(target), speculative_config={**configs(target, draft)[name], "auto": False}, max_model_len=16)
-    params = SamplingParams(
-        temperature=temperature, top_p=top_p, max_tokens=3, ignore_eos=True, allowed_token_ids=ALLOWED, n=128
-    )
-    texts = [tuple(t) for _ in range(6) for t in tokens_of(llm.generate(prompt, params))]
-    counts = {text: texts.count(text) for text in set(texts)}
-    assert g_test(counts, law) > 1e-4
-
-
-def test_most_likely_children_in_the_engine_are_found_out(flat_dirs, monkeypatch):
-    """The statistical test sees a wrong drawing side."""
-    from wager.serve.speculate import sequoia
-
-    target, draft = flat_dirs
-    monkeypatch.setattr(sequoia, "draw_without_replacement", lambda p, n, u: np.argsort(-p)[:n].tolist())
-    config = {"method": "sequoia", "draft": str(draft), "tree": [-1, -1, 0, 0, 1, 1], "auto": False}
-    llm = LLM(str(target), speculative_config=config, max_model_len=16)
-    params = SamplingParams(temperature=1.0, max_tokens=3, ignore_eos=True, allowed_token_ids=ALLOWED, n=128)
-    texts = [tuple(t) for _ in range(6) for t in tokens_of(llm.generate([7, 8, 9], params))]
-    law = law_of_texts(target, [7, 8, 9], 1.0, 1.0)
-    assert g_test({text: texts.count(text) for text in set(texts)}, law) < 1e-4
 
 
 # -- composition -----------------------------------------------------------------------------------------------------------------
@@ -198,6 +82,41 @@ def test_structured_output_logprobs_and_penalties_compose(name, tiny_dir, tiny_d
         for a, b in zip(ours.outputs[0].logprobs, theirs.outputs[0].logprobs, strict=True):
             assert a.keys() == b.keys()
             assert all(a[t].logprob == pytest.approx(b[t].logprob, abs=1e-4) for t in a)
+
+
+@pytest.mark.parametrize(
+    "name", ["chain", "sequoia-perfect", "specinfer-merged", "specexec-perfect", "suffix", "hybrid"]
+)
+def test_adapters_and_the_base_model_share_a_batch_of_trees(name, tiny_dir, tiny_draft_dir, adapter_dir, adapted):
+    """Greedy text under an adapter is that of plain decoding under it, beside requests without one, with a warm prefix cache."""
+    config = {**configs(tiny_dir, tiny_draft_dir)[name], "auto": False}
+    llm = LLM(str(tiny_dir), speculative_config=config, lora_modules={"a": str(adapter_dir)}, max_num_batched_tokens=48)
+    for _ in range(2):
+        assert tokens_of(llm.generate(PROMPTS, greedy(15), adapter="a")) == adapted["a"]
+        assert tokens_of(llm.generate(PROMPTS, greedy(15))) == adapted[None]
+    frontend = llm.frontend
+    for i, prompt in enumerate(PROMPTS[:4]):
+        frontend.submit(frontend.make(prompt, greedy(15), f"r{i}", adapter="a" if i % 2 else None))
+    requests = dict(llm.engine.core.requests)
+    while llm.engine.core.has_work:
+        frontend.step()
+    mixed = [requests[f"r{i}"].output_token_ids for i in range(4)]
+    assert mixed == [adapted["a" if i % 2 else None][i] for i in range(4)]
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(tiny_dir, tmp_path_factory):
+    from tests.serve.test_lora import LINEARS, make_adapter
+
+    directory = tmp_path_factory.mktemp("adapter")
+    make_adapter(tiny_dir, directory, seed=1, r=4, lora_alpha=16, target_modules=LINEARS)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def adapted(tiny_dir, adapter_dir):
+    plain = LLM(str(tiny_dir), lora_modules={"a": str(adapter_dir)})
+    return {name: tokens_of(plain.generate(PROMPTS, greedy(15), adapter=name)) for name in ("a", None)}
 
 
 def test_sampled_logprobs_belong_to_the_chosen_tokens(tiny_dir):

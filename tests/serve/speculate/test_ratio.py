@@ -1,18 +1,61 @@
 """The accept rules are exact, and the test can tell: rules that are known to be wrong fail it.
 
-A rule is a function of uniform numbers. Its law is computed from the function itself: thresholds are found by bisection to 1e-15, one
-number after the other, so nothing of the rule is written down twice.
+A rule is a function of uniform numbers, and its law is computed from the function itself, so nothing of it is written down twice. The rule
+runs on symbols instead of numbers: an acceptance `u * q < p` reports its probability min(1, p / q) and goes the way that is being explored;
+the final draw reports the weights it was given. That symbols and numbers agree, and that `draw` follows its weights, is tested by
+bisection over the number itself.
 """
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
+from wager.serve.speculate import ratio
 from wager.serve.speculate.ratio import draw, draw_without_replacement, independent, without_replacement
 
 V = 4
 BELOW_ONE = 1 - 2.0**-53
+
+
+class Uniform:
+    """A uniform number in [0, 1) whose comparisons with u * q < p come out as told; `chance` is the probability of yes."""
+
+    def __init__(self, accept=False):
+        self.accept, self.chance = accept, None
+
+    def __mul__(self, q):
+        return _Scaled(self, q)
+
+
+class _Scaled:
+    def __init__(self, number, q):
+        self.number, self.q = number, q
+
+    def __lt__(self, p):
+        assert self.number.chance is None, "a number decides once"
+        self.number.chance = 1.0 if self.q <= 0 < p else 0.0 if p <= 0 else min(1.0, p / self.q)
+        return self.number.accept
+
+
+class Weights:
+    """What `draw` was asked to draw from."""
+
+    def __init__(self, weights, uniform):
+        assert isinstance(uniform, Uniform)
+        self.law = np.where(np.asarray(weights) > 0, weights, 0.0) / np.sum(weights)
+
+
+@pytest.fixture
+def symbolic(monkeypatch):
+    """Inside, rules hand their residuals out instead of drawing from them."""
+    monkeypatch.setattr(ratio, "draw", Weights)
+
+
+def residual_draw(weights, uniform):
+    """For the wrong rules below: `draw`, or its symbol where a test has put one."""
+    return ratio.draw(weights, uniform)
 
 
 def threshold(holds):
@@ -34,26 +77,24 @@ def law_of_draw(sample):
     return np.diff(edges)
 
 
+def chance_and_rest(rule, target, draft, tokens):
+    """([chance that candidate i is accepted once tried], law of the residual draw)."""
+    numbers = [Uniform() for _ in range(len(tokens) + 1)]
+    _, rest = rule(target, draft, tokens, numbers)
+    for i, token in enumerate(tokens):  # the accepting way: which candidate, which token
+        way = [Uniform(accept=j == i) for j in range(len(tokens) + 1)]
+        assert rule(target, draft, tokens, way)[:2] == (i, token)
+    return [number.chance for number in numbers[:-1]], rest.law
+
+
 def law_without_replacement(rule, target, draft, tokens):
     """The law of the committed token given the drawn tokens."""
     law, mass = np.zeros(V), 1.0
-    for i in range(len(tokens)):
-        numbers = np.full(len(tokens) + 1, BELOW_ONE)
-
-        def accepts(u, i=i, numbers=numbers):
-            numbers[i] = u
-            return rule(target, draft, tokens, numbers)[0] == i
-
-        accepted = threshold(accepts)
-        law[tokens[i]] += mass * accepted
-        mass *= 1 - accepted
-    if mass < 1e-14:
-        return law
-
-    def residual(u):
-        return rule(target, draft, tokens, np.array([*[BELOW_ONE] * len(tokens), u]))[1]
-
-    return law + mass * law_of_draw(residual)
+    chances, rest = chance_and_rest(rule, target, draft, tokens)
+    for token, chance in zip(tokens, chances, strict=True):
+        law[token] += mass * chance
+        mass *= 1 - chance
+    return law if mass < 1e-14 else law + mass * rest
 
 
 def sequences_without_replacement(draft, count):
@@ -89,6 +130,39 @@ def law(rule, target, draft, count, tuples=sequences_without_replacement):
     return sum(p * law_without_replacement(rule, target, draft, tokens) for tokens, p in tuples(draft, count))
 
 
+def test_symbols_and_numbers_agree(monkeypatch):
+    """The law found with symbols is the law found by bisection over the numbers themselves."""
+    for target, draft, count in cases(8, seed=9):
+        for tokens, _ in itertools.islice(sequences_without_replacement(draft, min(count, 3)), 4):
+            with monkeypatch.context() as patched:
+                patched.setattr(ratio, "draw", Weights)
+                chances, rest = chance_and_rest(without_replacement, target, draft, tokens)
+            numbers = np.full(len(tokens) + 1, BELOW_ONE)
+            for i, chance in enumerate(chances):
+
+                def accepts(u, i=i, numbers=numbers):
+                    numbers[i] = u
+                    return without_replacement(target, draft, tokens, numbers)[0] == i  # noqa: B023
+
+                assert threshold(accepts) == pytest.approx(chance, abs=1e-12)
+                numbers[i] = BELOW_ONE
+                if chance >= 1:
+                    break
+            else:
+
+                def last(u, numbers=numbers):
+                    numbers[-1] = u
+                    return without_replacement(target, draft, tokens, numbers)[1]  # noqa: B023
+
+                np.testing.assert_allclose(law_of_draw(last), rest, atol=1e-12)
+
+
+def test_draw_follows_its_weights():
+    for target, _, _ in cases(10, seed=8):
+        np.testing.assert_allclose(law_of_draw(lambda u, w=target: draw(3 * w, u)), target, atol=1e-12)
+
+
+@pytest.mark.usefixtures("symbolic")
 def test_without_replacement_commits_the_target_law():
     for target, draft, count in cases(60):
         np.testing.assert_allclose(law(without_replacement, target, draft, count), target, atol=1e-12)
@@ -111,7 +185,7 @@ def keeps_the_rejected(target, draft, tokens, uniforms):
             return i, token
         rest = np.maximum(residual - draft, 0)
         residual = rest / rest.sum() if rest.sum() > 0 else target
-    return None, draw(residual, uniforms[-1])
+    return None, residual_draw(residual, uniforms[-1])
 
 
 def subtracts_the_candidate_only(target, draft, tokens, uniforms):
@@ -122,9 +196,22 @@ def subtracts_the_candidate_only(target, draft, tokens, uniforms):
             return i, token
         residual[token] = 0.0
         residual = residual / residual.sum() if residual.sum() > 0 else target
-    return None, draw(residual, uniforms[-1])
+    return None, residual_draw(residual, uniforms[-1])
 
 
+def unnormalised(target, draft, tokens, uniforms):
+    """Leaves the residual's sum below one before the next comparison."""
+    residual = target
+    for i, token in enumerate(tokens):
+        if uniforms[i] * draft[token] < residual[token]:
+            return i, token
+        residual = np.maximum(residual - draft, 0)
+        draft = np.where(np.isin(np.arange(V), tokens[: i + 1]), 0, draft)
+        draft = draft / draft.sum() if draft.sum() > 0 else np.full(V, 1 / V)
+    return None, residual_draw(residual if residual.sum() > 0 else target, uniforms[-1])
+
+
+@pytest.mark.usefixtures("symbolic")
 @pytest.mark.parametrize(
     ("rule", "tuples"),
     [
@@ -132,6 +219,7 @@ def subtracts_the_candidate_only(target, draft, tokens, uniforms):
         (without_replacement, sorted_draws),
         (keeps_the_rejected, sequences_without_replacement),
         (subtracts_the_candidate_only, sequences_without_replacement),
+        (unnormalised, sequences_without_replacement),
     ],
 )
 def test_wrong_rules_without_replacement_are_found_out(rule, tuples):
@@ -142,6 +230,7 @@ def test_wrong_rules_without_replacement_are_found_out(rule, tuples):
     assert wrong >= 15
 
 
+@pytest.mark.usefixtures("symbolic")
 def test_one_child_is_accepted_as_often_as_possible_and_all_children_always():
     for target, draft, _ in cases(60, seed=1):
         accepted = sum(p * _accepted(target, draft, tokens) for tokens, p in sequences_without_replacement(draft, 1))
@@ -152,16 +241,8 @@ def test_one_child_is_accepted_as_often_as_possible_and_all_children_always():
 
 def _accepted(target, draft, tokens):
     """P(some child is accepted)."""
-    mass = 1.0
-    for i in range(len(tokens)):
-        numbers = np.full(len(tokens) + 1, BELOW_ONE)
-
-        def accepts(u, i=i, numbers=numbers):
-            numbers[i] = u
-            return without_replacement(target, draft, tokens, numbers)[0] == i
-
-        mass *= 1 - threshold(accepts)
-    return 1 - mass
+    chances, _ = chance_and_rest(without_replacement, target, draft, tokens)
+    return 1 - np.prod([1 - chance for chance in chances])
 
 
 def test_the_sampler_draws_without_replacement():
@@ -185,38 +266,30 @@ def test_the_sampler_draws_without_replacement():
 # -- independent draws (SpecInfer) -----------------------------------------------------------------------------------------------
 
 
+def orders_of(rule, target, drafts, tokens):
+    """For each order of trying the candidates: (probability of the order, order, chances of acceptance, law of the residual draw)."""
+    for order in itertools.permutations(range(len(tokens))):
+        left = list(range(len(tokens)))
+        numbers = []
+        for index in order:
+            numbers += [(left.index(index) + 0.5) / len(left), Uniform()]
+            left.remove(index)
+        _, rest = rule(target, drafts, tokens, [*numbers, Uniform()])
+        for step, index in enumerate(order):
+            way = [n if i % 2 == 0 else Uniform(accept=i == 2 * step + 1) for i, n in enumerate(numbers)]
+            assert rule(target, drafts, tokens, [*way, Uniform()]) == (index, tokens[index])
+        yield 1 / math.factorial(len(tokens)), order, [n.chance for n in numbers[1::2]], rest.law
+
+
 def law_independent(rule, target, drafts, tokens):
     """The law given the candidates, over all orders of trying them."""
     law = np.zeros(V)
-
-    def explore(order, mass):
-        numbers = np.full(2 * len(tokens) + 1, BELOW_ONE)
-        left = list(range(len(tokens)))
-        for step, index in enumerate(order):
-            numbers[2 * step] = (left.index(index) + 0.5) / len(left)
-            left.remove(index)
-        if len(order) == len(tokens):
-
-            def residual(u):
-                numbers[-1] = u
-                return rule(target, drafts, tokens, numbers)[1]
-
-            law[:] += mass * law_of_draw(residual)
-            return
-        for place, index in enumerate(left):
-            numbers[2 * len(order)] = (place + 0.5) / len(left)
-
-            def accepts(u):
-                numbers[2 * len(order) + 1] = u
-                return rule(target, drafts, tokens, numbers)[0] == index  # noqa: B023
-
-            accepted = threshold(accepts)
-            law[tokens[index]] += mass / len(left) * accepted
-            numbers[2 * len(order) + 1] = BELOW_ONE
-            if mass * (1 - accepted) > 1e-14:
-                explore([*order, index], mass / len(left) * (1 - accepted))
-
-    explore([], 1.0)
+    for p, order, chances, rest in orders_of(rule, target, drafts, tokens):
+        mass = p
+        for index, chance in zip(order, chances, strict=True):
+            law[tokens[index]] += mass * chance
+            mass *= 1 - chance
+        law += mass * rest
     return law
 
 
@@ -238,11 +311,13 @@ def total_law(rule, target, owners, candidates=lambda tokens, owners: (tokens, o
     return law
 
 
+@pytest.mark.usefixtures("symbolic")
 def test_independent_draws_commit_the_target_law():
     for target, owners in several(25):
         np.testing.assert_allclose(total_law(independent, target, owners), target, atol=1e-11)
 
 
+@pytest.mark.usefixtures("symbolic")
 def test_trying_equal_draws_once_is_found_out():
     def once(tokens, owners):
         first = [i for i, t in enumerate(tokens) if t not in tokens[:i]]
@@ -254,6 +329,7 @@ def test_trying_equal_draws_once_is_found_out():
     assert wrong >= 8
 
 
+@pytest.mark.usefixtures("symbolic")
 def test_most_likely_children_are_found_out():
     wrong = 0
     for target, draft, _ in cases(40, seed=5):
@@ -262,6 +338,7 @@ def test_most_likely_children_are_found_out():
     assert wrong >= 15
 
 
+@pytest.mark.usefixtures("symbolic")
 def test_independent_draws_are_rejected_no_more_often_than_by_matching():
     for target, owners in several(12, seed=6):
         by_ratio = by_matching = 0.0
@@ -275,20 +352,52 @@ def test_independent_draws_are_rejected_no_more_often_than_by_matching():
 
 def _accepts_any(target, owners, tokens):
     """P(some candidate is accepted), averaged over orders."""
-    total = 0.0
-    orders = list(itertools.permutations(range(len(tokens))))
-    for order in orders:
-        mass, numbers, left = 1.0, np.full(2 * len(tokens) + 1, BELOW_ONE), list(range(len(tokens)))
-        for step, index in enumerate(order):
-            numbers[2 * step] = (left.index(index) + 0.5) / len(left)
-            left.remove(index)
-        for step in range(len(order)):
+    ways = orders_of(independent, target, owners, tokens)
+    return sum(p * (1 - np.prod([1 - chance for chance in chances])) for p, _, chances, _ in ways)
 
-            def accepts(u, step=step, numbers=numbers):
-                numbers[2 * step + 1] = u
-                return independent(target, owners, tokens, numbers)[0] is not None
 
-            mass *= 1 - threshold(accepts)
-            numbers[2 * step + 1] = BELOW_ONE
-        total += 1 - mass
-    return total / len(orders)
+# -- at the serving temperature and nucleus --------------------------------------------------------------------------------------
+
+GRID = list(itertools.product((0.2, 0.6, 1.0), (0.9, 1.0)))
+
+
+def shaped(logits, temperature, top_p):
+    """What the sampler makes of logits: the engine's own filters."""
+    import torch
+
+    from wager.serve.sampling.filters import keep_likely
+
+    one = torch.ones(1, dtype=torch.float64)
+    probs = torch.softmax(torch.from_numpy(logits)[None] / temperature, -1)
+    kept = keep_likely(probs, 0 * one, 0 * one.long(), top_p * one)[0].numpy()
+    return kept / kept.sum()
+
+
+@pytest.mark.usefixtures("symbolic")
+@pytest.mark.parametrize(("temperature", "top_p"), GRID)
+def test_both_rules_are_exact_at_every_temperature_and_nucleus(temperature, top_p):
+    """The target is cut to its nucleus, the draft is not: candidates outside it must be refused with certainty."""
+    rng = np.random.default_rng(7)
+    for _ in range(6):
+        logits = 2 * rng.normal(size=(3, V))
+        target = shaped(logits[0], temperature, top_p)
+        drafts = [shaped(row, temperature, 1.0) for row in logits[1:]]
+        for count in (1, 2, 3):
+            np.testing.assert_allclose(law(without_replacement, target, drafts[0], count), target, atol=1e-12)
+        np.testing.assert_allclose(total_law(independent, target, [*drafts, drafts[0]]), target, atol=1e-11)
+
+
+@pytest.mark.usefixtures("symbolic")
+def test_a_draft_row_of_another_temperature_is_found_out():
+    """Drawn at temperature 1, judged with the row at 0.6: biased."""
+    rng = np.random.default_rng(8)
+    wrong = 0
+    for _ in range(10):
+        logits = 2 * rng.normal(size=(2, V))
+        target, drawn, judged = shaped(logits[0], 1.0, 1.0), shaped(logits[1], 1.0, 1.0), shaped(logits[1], 0.6, 1.0)
+        made = sum(
+            p * law_without_replacement(without_replacement, target, judged, tokens)
+            for tokens, p in sequences_without_replacement(drawn, 2)
+        )
+        wrong += np.abs(made - target).max() > 1e-6
+    assert wrong == 10

@@ -25,6 +25,7 @@ from torch.multiprocessing.spawn import spawn
 from wager.models.attend import causal_attention
 from wager.models.demo.dataset import Batches
 from wager.models.demo.export import save_weights
+from wager.models.demo.grow import grow
 from wager.models.llama import Llama, LlamaConfig
 from wager.models.loader import load_model
 
@@ -40,6 +41,8 @@ class Recipe:
         minutes: wall-clock limit; the learning rate comes down in time for it. None: no limit.
         teacher: checkpoint directory to distil from; None: next-token prediction.
         teacher_weight: share of the divergence from the teacher in the loss, the rest is next-token prediction.
+        start: checkpoint directory to start from instead of random weights; it may be shallower (`grow.py`).
+        save_every_s: seconds between two checkpoints.
     """
 
     tokens: int
@@ -57,6 +60,8 @@ class Recipe:
     seed: int = 0
     teacher: str | None = None
     teacher_weight: float = 0.9
+    start: str | None = None
+    save_every_s: float = 120.0
 
     @property
     def windows_per_process(self) -> int:
@@ -68,7 +73,7 @@ class Recipe:
 
 
 def train(config: dict[str, Any], stream: Path, out: Path, recipe: Recipe) -> None:
-    """Train a model of the given config.json from scratch; writes weights into `out` as it goes and at the end."""
+    """Train a model of the given config.json; writes weights into `out` before the first step, as it goes and at the end."""
     if recipe.processes == 1:
         return _worker(0, config, stream, out, recipe, None)
     store = out / "rendezvous"
@@ -82,7 +87,12 @@ def _worker(rank: int, config: dict[str, Any], stream: Path, out: Path, recipe: 
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // recipe.processes))
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=recipe.processes)
     generator = torch.Generator().manual_seed(recipe.seed)
-    model = Llama(LlamaConfig.from_checkpoint(config), torch.float32, generator).to(recipe.device)
+    model = Llama(LlamaConfig.from_checkpoint(config), torch.float32, generator)
+    if recipe.start is not None:
+        start = load_model(recipe.start, torch.float32).model
+        assert isinstance(start, Llama)
+        grow(model, start)
+    model.to(recipe.device)
     objective = Objective(recipe)
     batches = Batches(stream, recipe.window, rank, recipe.processes, recipe.seed)
     run = Run(model, objective, batches, recipe)
@@ -119,9 +129,14 @@ def forward(model: Any, tokens_BS: Tensor) -> Tensor:
     inputs = tokens_BS[:, :-1]
     sequences, length = inputs.shape
     positions_T = torch.arange(length, device=inputs.device).repeat(sequences)
-    with torch.autocast(inputs.device.type, torch.bfloat16):
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=multiplies_bfloat16(inputs.device)):
         hidden_TD = model(inputs.flatten(), positions_T, causal_attention(model, [length] * sequences))
         return model.logits(hidden_TD).float()
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 there; on a CPU without such instructions they are many times slower."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Run:
@@ -145,7 +160,9 @@ class Run:
 
     def train(self, save: Callable[[], None], log: Callable[[str], None]) -> None:
         losses: list[float] = []
-        seen = saved = step = 0
+        seen = step = 0
+        save()
+        saved_s = time.monotonic()
         while (progress := self.progress(step)) < 1:
             rate = self.recipe.learning_rate * schedule(progress, self.recipe.warmup, self.recipe.cooldown)
             tokens_BS = self._batch(step, progress)
@@ -156,9 +173,9 @@ class Run:
                 log(
                     f"step {step}  {progress:6.1%}  loss {np.mean(losses[-10:]):.3f}  lr {rate:.2e}  {seen / 1e6:.2f}M tokens  {speed:.0f}/s"
                 )
-            if step - saved >= 100:
+            if time.monotonic() - saved_s >= self.recipe.save_every_s:
                 save()
-                saved = step
+                saved_s = time.monotonic()
         save()
 
     def _batch(self, step: int, progress: float) -> Tensor:

@@ -61,6 +61,7 @@ class SamplingBody(Body):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     priority: Integer | None = None
     cache_salt: str | None = None
+    speculative_method: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -150,6 +151,7 @@ class SamplingBody(Body):
             skip_special_tokens=self.skip_special_tokens,
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             structured_outputs=constraint,
+            speculative_method=self.speculative_method,
             output_kind=OutputKind.DELTA if self.stream else OutputKind.FINAL_ONLY,
         )
 

@@ -11,7 +11,7 @@ import typer
 from wager.errors import UsageError
 
 app = typer.Typer(
-    help="Measure and plan speculative decoding: profile, acceptance, plan, replay.", no_args_is_help=True
+    help="Measure, plan and tune speculative decoding: profile, acceptance, plan, boost, replay.", no_args_is_help=True
 )
 
 Target = Annotated[str, typer.Argument(help="demo, a directory in Hugging Face layout, or a hub id")]
@@ -118,6 +118,41 @@ def plan(
 
         draw_tree(tree, plot)
         print(f"picture: {plot}")
+
+
+@app.command()
+def boost(
+    target: Target = "demo",
+    start: Annotated[str, typer.Option(help="the draft model that every one starts from")] = "demo-draft",
+    data: Annotated[
+        Path | None, typer.Option(help="prompts: JSONL with prompt, turns or question, or a text file, one a line")
+    ] = None,
+    count: Annotated[int, typer.Option(help="drafts to make")] = 2,
+    prompts: Annotated[int, typer.Option(help="most prompts")] = 200,
+    tokens: Annotated[int, typer.Option(help="tokens the target says to each prompt")] = 64,
+    temperature: Annotated[float, typer.Option(help="of the target's text")] = 0.0,
+    rounds: Annotated[int, typer.Option(help="most rounds of tuning per draft")] = 20,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    out: Annotated[Path, typer.Option(help="folder to write 0, 1, ... into")] = Path("drafts"),
+) -> None:
+    """Tune several draft models, each on what the ones before it cannot foretell, for SpecInfer."""
+    from wager.serve.llm import LLM
+    from wager.serve.speculate.boost import BoostRecipe, pieces_of
+    from wager.serve.speculate.boost import boost as tune_all
+
+    recipe = BoostRecipe(count=count, rounds=rounds)
+    llm = LLM(target, dtype=dtype)
+    tokenizer: Any = llm.get_tokenizer()
+    room = llm.engine.max_model_len - tokens
+    encoded = [ids[-room:] for text in _prompts(data)[:prompts] if (ids := tokenizer.encode(text))]
+    pieces = pieces_of(llm, encoded, tokens, recipe.piece_tokens, temperature)
+    tuned, together = tune_all(pieces, start, out, recipe, print)
+    rows = [[str(t.path), str(t.pieces), str(t.marked), f"{t.hits:.1%}", f"{t.hits_on_own:.1%}"] for t in tuned]
+    _table(["draft", "tuned on", "then marked", "foretells of all", "of its own"], rows)
+    names = json.dumps([str(t.path) for t in tuned])
+    print(
+        f'any of them foretells {together:.1%}; use: {{"method": "specinfer", "drafts": {names}, "expansion": [1, 1, 1, 1]}}'
+    )
 
 
 @app.command()

@@ -29,25 +29,26 @@ SAMPLING_MS = 0.3  # a drafted step's work outside the models, until measured
 
 
 class DrafterFactory:
-    """Makes drafters over shared draft models: methods that name the same model use one copy of it.
+    """Makes drafters over shared draft models: methods that name the same model, kept in the same way, use one copy of it.
 
-    load_draft: name → draft model, loaded and checked against the target.
+    load_draft: (name, configuration) → draft model, loaded and checked against the target.
     """
 
     def __init__(
         self,
         target: ModelRunner,
-        load_draft: Callable[[str], DraftModel],
+        load_draft: Callable[[str, SpeculativeConfig], DraftModel],
         sampler: Sampler,
         max_context: int,
     ):
         self.target, self.load_draft, self.sampler, self.max_context = target, load_draft, sampler, max_context
-        self._drafts: dict[str, DraftModel] = {}
+        self._drafts: dict[tuple[str, str | None, int | None], DraftModel] = {}
 
-    def draft(self, name: str) -> DraftModel:
-        if name not in self._drafts:
-            self._drafts[name] = self.load_draft(name)
-        return self._drafts[name]
+    def draft(self, name: str, config: SpeculativeConfig) -> DraftModel:
+        key = (name, config.draft_quantization, config.draft_vocabulary)
+        if key not in self._drafts:
+            self._drafts[key] = self.load_draft(name, config)
+        return self._drafts[key]
 
     def make(self, config: SpeculativeConfig) -> Drafter:
         makers = {
@@ -61,10 +62,12 @@ class DrafterFactory:
         return makers[config.method](config)
 
     def _chain(self, config: SpeculativeConfig) -> ModelChainDrafter:
-        return ModelChainDrafter(self.draft(config.draft_models[0]), config.num_speculative_tokens or 4, self.sampler)
+        return ModelChainDrafter(
+            self.draft(config.draft_models[0], config), config.num_speculative_tokens or 4, self.sampler
+        )
 
     def _sequoia(self, config: SpeculativeConfig) -> SequoiaDrafter:
-        draft = self.draft(config.draft_models[0])
+        draft = self.draft(config.draft_models[0], config)
         width = min(config.max_branch, draft.runner.model.vocab_size)
         fixed, profile = None, None
         if config.tree == "auto":
@@ -91,12 +94,12 @@ class DrafterFactory:
         )  # fmt: skip
 
     def _specinfer(self, config: SpeculativeConfig) -> SpecInferDrafter:
-        drafts = [self.draft(name) for name in config.draft_models]
+        drafts = [self.draft(name, config) for name in config.draft_models]
         return SpecInferDrafter(drafts, config.expansion, self.sampler, config.verify == "naive")
 
     def _specexec(self, config: SpeculativeConfig) -> SpecExecDrafter:
         return SpecExecDrafter(
-            self.draft(config.draft_models[0]), self.sampler, config.budget, config.beams, config.max_depth,
+            self.draft(config.draft_models[0], config), self.sampler, config.budget, config.beams, config.max_depth,
             config.branch_width, config.decay,
         )  # fmt: skip
 
@@ -112,7 +115,7 @@ class DrafterFactory:
             _save_at_exit(suffix)
         if not config.draft_models:
             return suffix
-        chain = ModelChainDrafter(self.draft(config.draft_models[0]), 4, self.sampler)
+        chain = ModelChainDrafter(self.draft(config.draft_models[0], config), 4, self.sampler)
         threshold = config.suffix_hybrid_threshold
         return HybridDrafter(suffix, chain, chain.num_tokens if threshold is None else threshold)
 

@@ -25,7 +25,7 @@ struct Node {
     int32_t parent = -1, pos = 0;  // pos: own entry among the parent's children
     int32_t ends = -1;             // first suffix that ends here
     uint32_t version = 0;          // changes whenever the node's place in the tree does
-    std::vector<Child> kids;       // by falling count
+    std::vector<Child> kids;       // by falling count; of equal counts, the one seen last comes first
     bool indexed = false;
 };
 
@@ -140,6 +140,7 @@ struct Tree {
             node.indexed = true;
             for (const Child& kid : node.kids) index.put(n, kid.token, kid.node);
         }
+        lead(node.kids, nodes[c].pos);
     }
     void replace_child(int32_t n, int32_t by, int32_t token) {  // `by` takes the place of n among n's siblings
         int32_t parent = nodes[n].parent, pos = nodes[n].pos;
@@ -161,6 +162,12 @@ struct Tree {
         auto first = std::lower_bound(kids.begin(), kids.begin() + pos, count, [](const Child& k, int32_t v) { return k.count > v; });
         swap_kids(kids, (int32_t)(first - kids.begin()), pos);
         first->count = ++nodes[n].count;
+        lead(kids, nodes[n].pos);
+    }
+    // First among the siblings of the same count: of two continuations seen equally often, the one seen last is drafted.
+    void lead(std::vector<Child>& kids, int32_t pos) {
+        auto first = std::lower_bound(kids.begin(), kids.begin() + pos, kids[pos].count, [](const Child& k, int32_t v) { return k.count > v; });
+        swap_kids(kids, (int32_t)(first - kids.begin()), pos);
     }
     void decrement(int32_t n) {
         std::vector<Child>& kids = nodes[nodes[n].parent].kids;

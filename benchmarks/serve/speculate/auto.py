@@ -1,0 +1,65 @@
+"""The auto mode at batch 1, 4, 16 and 64: against plain decoding and against the best fixed choice.
+
+    python -m benchmarks.serve.speculate.auto --model DIR --draft DIR --data DIR [--batches 1,4,16,64] [--quick]
+
+Auto is Sequoia with its gate, which measures its own steps and stops drafting where it does not pay. The warm-up is long enough for the
+gate to see both arms; what it costs to keep trying the losing arm is in the measured runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.harness import Report, compare, format_table, say
+from benchmarks.serve.speculate.common import HEAD, Engine, methods, read_prompts, speculation_arguments
+from wager.serve.params import SamplingParams
+
+
+def main() -> None:
+    parser = speculation_arguments("Auto mode over batch sizes.")
+    parser.add_argument("--batches", default="1,4,16,64")
+    parser.add_argument("--method", default="sequoia", help="the method that auto gates")
+    parser.set_defaults(tokens=96, temperatures="0")
+    args = parser.parse_args()
+    batches = [1, 4] if args.quick else [int(b) for b in args.batches.split(",")]
+    if args.quick:
+        args.tokens = 32
+    known = methods(args.draft)
+    rows, table, facts = [], [["batch", "method", *HEAD]], {"tokens": args.tokens}
+    for batch in batches:
+        engines = {
+            "plain": Engine(args, None, batch),
+            f"{args.method} always": Engine(args, known[args.method], batch),
+            "chain 2 always": Engine(args, known["chain 2"], batch),
+            "auto": Engine(args, known[args.method], batch, auto=True),
+        }
+        prompts = read_prompts(engines["plain"].llm, args.data, max(batch, 4))
+        for temperature in map(float, args.temperatures.split(",")):
+            params = SamplingParams(temperature=temperature, max_tokens=args.tokens, ignore_eos=True, seed=1)
+            runs: dict[str, Callable[[], float]] = {
+                name: (lambda e=e, p=params, b=batch, own=prompts: e.rate(own, p, b)) for name, e in engines.items()
+            }
+            found = compare(
+                f"batch {batch}, T={temperature:g}", runs, repeats=args.repeats or (2 if args.quick else 5), warmup=2,
+                unit="tok/s", higher_is_better=True, progress=say,
+            )  # fmt: skip
+            rows += found
+            values = {row.ours: row.ours_value for row in found} | {"plain": found[0].baseline_value}
+            best = max(value for name, value in values.items() if name != "auto")
+            facts[f"batch {batch}, T={temperature:g}"] = {
+                "auto over plain": values["auto"] / values["plain"],
+                "auto over the best fixed choice": values["auto"] / best,
+            }
+            table += [engine.row(str(batch), name) for name, engine in engines.items()]
+    report = Report("serve", f"speculation_auto_{Path(args.model).name}", rows, {**facts, "table": table})
+    print(format_table(table))
+    print(report.table())
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+    if not args.quick:
+        print(f"written: {report.save()}")
+
+
+if __name__ == "__main__":
+    main()
