@@ -16,10 +16,10 @@ from typing import Any
 from wager.compile.mirage.abstract import Algebra, Subexpressions, factors, of_program
 from wager.compile.mirage.enumerate import Enumerator
 from wager.compile.mirage.generate import Limits, Progress, Structure, menu
-from wager.compile.prism.family import Family, Kernel, member_sizes, verify_family
-from wager.compile.prism.mapping import mappings
+from wager.compile.prism.family import Family, Kernel, block_of, member_sizes, verify_family
+from wager.compile.prism.mapping import Mapping, mappings
 from wager.compile.units import Journal, fingerprint, run
-from wager.graph.operators import Shape
+from wager.graph.operators import Shape, ShapeError
 from wager.graph.program import Program, from_json, to_json
 
 
@@ -146,9 +146,33 @@ def _families(chain: tuple[Structure, ...], program: Program, symmetric: bool) -
         for mapping in mappings(chain[0], grids, True, symmetric):
             yield Family((Kernel(chain[0], mapping),))
         return
+    if not merges(chain[1]):
+        return
+    seconds = [m for m in mappings(chain[1], grids, True, symmetric) if all(f < 0 for f in m.fmaps)]
     for first in mappings(chain[0], grids, False, symmetric):
-        for second in mappings(chain[1], grids, True, symmetric):
-            yield Family((Kernel(chain[0], first), Kernel(chain[1], second)))
+        if splits(chain[0], first, program.input_shapes):
+            for second in seconds:
+                yield Family((Kernel(chain[0], first), Kernel(chain[1], second)))
+
+
+def merges(structure: Structure) -> bool:
+    """Whether a second kernel sums everything it reads at once: it then adds up what blocks of the first left side by side."""
+    readers = [n.op for n in structure.nodes if any(i < structure.arguments for i in n.inputs)]
+    return "accum_width" in readers and set(readers) <= {"accum_width", "accum_sum"}
+
+
+def splits(structure: Structure, mapping: Mapping, shapes: Sequence[Shape]) -> bool:
+    """Whether blocks save partial results side by side (a grid dimension cuts what the saved values sum over).
+
+    Two kernels are searched in this form alone: without a split, one kernel does the same and saves the trip through memory. The second
+    kernel, which merges the parts, has no loop.
+    """
+    names = Family((Kernel(structure, mapping),)).open(0)
+    try:
+        block = block_of(Kernel(structure, mapping), shapes, [2 if n in names else 1 for n in ("x", "y", "z", "loop")])
+    except ShapeError:
+        return False
+    return any(block.output_shape(o) != structure.nodes[s].shape for o, s in zip(block.outputs, structure.saved, strict=True))
 
 
 def members(families: Sequence[Family], program: Program, threads: int, most: int = 4000) -> list[Program]:
