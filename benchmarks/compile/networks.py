@@ -1,6 +1,6 @@
 """Whole networks and single convolutions through OLLIE, against torch.compile (max-autotune, frozen weights) and eager torch.
 
-    python -m benchmarks.compile.networks [--quick] [--only networks|operators] [--budget 40]
+python -m benchmarks.compile.networks [--quick] [--only networks|operators] [--budget 40]
 """
 
 from __future__ import annotations

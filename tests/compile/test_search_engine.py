@@ -123,7 +123,7 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(concrete.Explorer, "__call__", lambda self, b: worked.append(1) or original(self, b))
     resumed = concrete.search(RMS, limits, state=state, **SMALL)
     assert key(resumed) == key(whole) and resumed.progress.states == whole.progress.states
-    assert 0 < kept and len(worked) == len(state.read_text().splitlines()) - 1 - kept
+    assert kept > 0 and len(worked) == len(state.read_text().splitlines()) - 1 - kept
     worked.clear()
     assert key(concrete.search(RMS, limits, state=state, **SMALL)) == key(whole) and not worked
 

@@ -100,9 +100,7 @@ def _candidates(
     listener = (lambda p: say(f"{p.states} states, {p.pruned} pruned, {p.verified} verified")) if say else None
     counters, threads = Progress(listener=listener), torch.get_num_threads()
     if settings.search == "prism":
-        found = prism_search.search(
-            program, settings.limits, counters, workers=settings.workers, state=settings.state
-        )
+        found = prism_search.search(program, settings.limits, counters, workers=settings.workers, state=settings.state)
         programs = prism_search.members(found.families, program, threads)
         report.details = [found.families[0].explain()] if found.families else []
     else:

@@ -75,7 +75,9 @@ class _Importer:
         rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         if rule is None:
             full = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-            raise UsageError(f"ONNX operator {full} ({where}) has no form in the graph; known: {', '.join(sorted(RULES))}")
+            raise UsageError(
+                f"ONNX operator {full} ({where}) has no form in the graph; known: {', '.join(sorted(RULES))}"
+            )
         try:
             result = rule(self, *node.input)
         except UsageError as error:
@@ -99,7 +101,9 @@ class _Importer:
                 raise UsageError(f"tensor {name!r} is used before it is computed")
             array = self.known[name]
             if not np.issubdtype(array.dtype, np.floating):
-                raise UsageError(f"constant {name!r} of type {array.dtype} takes part in arithmetic; programs take float32")
+                raise UsageError(
+                    f"constant {name!r} of type {array.dtype} takes part in arithmetic; programs take float32"
+                )
             if array.ndim == 0:
                 return self.build.add("const", value=float(array))
             self.constants[name] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32).copy())
@@ -135,7 +139,9 @@ def _binary(op: str, numbers: str) -> Callable[..., Any]:
             return getattr(np, {"add": "add", "sub": "subtract", "mul": "multiply", "div": "divide"}[op])(
                 im.known[a], im.known[b]
             )
-        number = im.known[b] if b in im.known and im.known[b].size == 1 and im.known[b].ndim <= len(im.shape(a)) else None
+        number = (
+            im.known[b] if b in im.known and im.known[b].size == 1 and im.known[b].ndim <= len(im.shape(a)) else None
+        )
         if number is not None:
             x = float(number.reshape(-1)[0])
             x = {"add": x, "sub": -x, "mul": x, "div": 1 / x if x else math.inf}[op]
@@ -369,8 +375,18 @@ RULES: dict[str, Callable[..., Any]] = {
     **{
         name: _unary(op)
         for name, op in {
-            "Exp": "exp", "Sqrt": "sqrt", "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "Neg": "neg",
-            "Reciprocal": "reciprocal", "Log": "log", "Abs": "abs", "Sin": "sin", "Cos": "cos", "Swish": "silu",
+            "Exp": "exp",
+            "Sqrt": "sqrt",
+            "Relu": "relu",
+            "Sigmoid": "sigmoid",
+            "Tanh": "tanh",
+            "Neg": "neg",
+            "Reciprocal": "reciprocal",
+            "Log": "log",
+            "Abs": "abs",
+            "Sin": "sin",
+            "Cos": "cos",
+            "Swish": "silu",
         }.items()
     },  # fmt: skip
     "Add": _binary("add", "shift"),

@@ -115,9 +115,7 @@ class Enumerator:
 
         def wanted(count: int, values: Any, shapes: Any) -> int:
             try:
-                return accept(
-                    [values[i] for i in range(count)], [_shape(shapes, i * (RANK + 1)) for i in range(count)]
-                )
+                return accept([values[i] for i in range(count)], [_shape(shapes, i * (RANK + 1)) for i in range(count)])
             except Exception as error:  # must not cross the C frame
                 self.fault = error
                 return 0
@@ -177,4 +175,3 @@ class Enumerator:
 
 def _shape(flat: Any, at: int) -> Shape:
     return tuple(flat[at + 1 : at + 1 + flat[at]])
-

@@ -145,9 +145,7 @@ class Explorer:
                 result["verification_s"] += time.perf_counter() - tick
 
 
-def plans(
-    program: Program, grid_sizes: Sequence[int], loop_sizes: Sequence[int], least_blocks: int
-) -> Iterator[Plan]:
+def plans(program: Program, grid_sizes: Sequence[int], loop_sizes: Sequence[int], least_blocks: int) -> Iterator[Plan]:
     """Every (grid, loop range, input maps, loop maps) whose cuts are exact; a parallel dimension that cuts nothing has size 1."""
     count = 3 if len(program.output_shapes[0]) > 2 else 2
     shapes = program.input_shapes

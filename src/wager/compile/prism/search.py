@@ -172,7 +172,9 @@ def splits(structure: Structure, mapping: Mapping, shapes: Sequence[Shape]) -> b
         block = block_of(Kernel(structure, mapping), shapes, [2 if n in names else 1 for n in ("x", "y", "z", "loop")])
     except ShapeError:
         return False
-    return any(block.output_shape(o) != structure.nodes[s].shape for o, s in zip(block.outputs, structure.saved, strict=True))
+    return any(
+        block.output_shape(o) != structure.nodes[s].shape for o, s in zip(block.outputs, structure.saved, strict=True)
+    )
 
 
 def members(families: Sequence[Family], program: Program, threads: int, most: int = 4000) -> list[Program]:

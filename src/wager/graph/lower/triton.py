@@ -49,7 +49,13 @@ UNARY_CODE = {
     "sin": "tl.sin({x})",
     "cos": "tl.cos({x})",
 }
-BINARY_CODE = {"add": "{a} + {b}", "sub": "{a} - {b}", "mul": "{a} * {b}", "div": "{a} / {b}", "maximum": "tl.maximum({a}, {b})"}
+BINARY_CODE = {
+    "add": "{a} + {b}",
+    "sub": "{a} - {b}",
+    "mul": "{a} * {b}",
+    "div": "{a} / {b}",
+    "maximum": "tl.maximum({a}, {b})",
+}
 
 
 def padded(size: int) -> int:
@@ -192,7 +198,9 @@ class _Emitter:
         if width == 1:
             total = f"tl.sum({x}, axis={d}, keep_dims=True)"
         elif d != self.rank - 1:
-            raise UsageError(f"a sum along dimension {dim} down to {width} entries has no Triton form; sum along the last")
+            raise UsageError(
+                f"a sum along dimension {dim} down to {width} entries has no Triton form; sum along the last"
+            )
         elif padded(size) == size and padded(width) == width:
             sides = [padded(s) for s in self.tile(source)[:-1]]
             total = f"tl.sum(tl.reshape({x}, ({', '.join(map(str, [*sides, size // width, width]))})), axis={d})"
@@ -202,7 +210,9 @@ class _Emitter:
             total = f"tl.sum(({x})[{lead}:, None] * {picks}.to(tl.float32)[{to}:, :], axis={d})"
         self.emit(f"t{i} {'=' if node.op == 'sum' else '+='} {total}")
 
-    def _places(self, whole: Shape, tile: Shape, maps: Sequence[int], parts: Sequence[int], names: Sequence[str]) -> Any:
+    def _places(
+        self, whole: Shape, tile: Shape, maps: Sequence[int], parts: Sequence[int], names: Sequence[str]
+    ) -> Any:
         """The offset of the tile's start, and for each of its dimensions (index, size, stride)."""
         steps, start = strides(whole), []
         for d, size in enumerate(whole):
