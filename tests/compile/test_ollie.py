@@ -155,7 +155,8 @@ def reachable(scope: Scope, depth: int) -> set[str]:
 def test_deeper_searches_only_add_candidates():
     scope = definitions.conv((1, 5, 5, 2), (2, 2, 3, 3), (1, 1), (1, 1), (1, 1))
     found = [
-        {fingerprint(c.scope) for c in search.derive(scope, max_depth=d, keep=1000).candidates} for d in (0, 1, 2, 3)
+        {fingerprint(c.scope) for c in search.derive(scope, max_depth=d, keep=1000, budget_s=3600).candidates}
+        for d in (0, 1, 2, 3)
     ]
     assert all(a <= b for a, b in zip(found, found[1:], strict=False)) and len(found[3]) > len(found[0])
 
