@@ -120,11 +120,15 @@ def race(
 
 def race_uniforms(seeds_L: np.ndarray, positions_L: np.ndarray, width: int) -> np.ndarray:
     """float64 [L, W] in (0, 1]."""
-    seeds, positions = seeds_L.view(np.uint64), positions_L.view(np.uint64)
     with np.errstate(over="ignore"):
-        base = _mix(_mix(seeds + GOLDEN) + positions * GOLDEN + GOLDEN)
-        bits = _mix(base[:, None] + np.arange(1, width + 1, dtype=np.uint64) * GOLDEN)
+        bits = _mix(race_bases(seeds_L, positions_L)[:, None] + np.arange(1, width + 1, dtype=np.uint64) * GOLDEN)
     return ((bits >> np.uint64(11)).astype(np.float64) + 1.0) * 2.0**-53
+
+
+def race_bases(seeds_L: np.ndarray, positions_L: np.ndarray) -> np.ndarray:
+    """uint64 [L]: where the numbers of (seed, position) begin."""
+    with np.errstate(over="ignore"):
+        return _mix(_mix(seeds_L.view(np.uint64) + GOLDEN) + positions_L.view(np.uint64) * GOLDEN + GOLDEN)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from wager.models.base import Adapters, Attend, Model
 from wager.serve.batch import Batch, KVTables, Span
 from wager.serve.cache.block_manager import BlockManager
 from wager.serve.cache.pool import KVPool
+from wager.serve.graphs import DecodeGraphs
 from wager.serve.token_tree import TokenTree, pack_bits
 
 
@@ -97,6 +98,9 @@ class ModelRunner:
         for number, group in enumerate(blocks.groups):
             for layer in group.layers:
                 self.group_of_layer[layer] = number
+        # The torch reference asks the device for lengths, which no graph can hold; the Triton forms do not.
+        capturable = self.device.type == "cuda" and kernels.has_fast_form("paged_attention", torch.empty(0, device=self.device))
+        self.run = DecodeGraphs(self._forward) if capturable else self._forward
 
     def build(self, inputs: Sequence[SpanInput], adapters: Callable[[Tensor], Adapters | None] | None = None) -> Batch:
         """Lay the spans out one after another. `adapters` makes the batch's adapters from its span starts."""
@@ -157,6 +161,9 @@ class ModelRunner:
         copies = self.blocks.take_copies()
         if copies:
             self.pool.copy_blocks(copies)
+        return self.run(batch)
+
+    def _forward(self, batch: Batch) -> Tensor:
         attend: Attend = PagedAttend(self.model, self.pool, self.group_of_layer, self.blocks.block_size, batch)
         return self.model(batch.tokens_T, batch.positions_T, attend, batch.adapters)
 

@@ -37,7 +37,7 @@ class Judged:
 
     def __init__(self, request: dict[str, Any]):
         self.flush = torch.zeros(request["flush_bytes"] // 4)
-        self.cls = find_class(request)
+        self.cls, self.compiled = find_class(request), bool(request.get("compiled"))
 
     def build(self, request: dict[str, Any]) -> dict[str, Any]:
         """A new module with other parameters: what the class kept about the last one's values and weights is wrong now."""
@@ -50,6 +50,8 @@ class Judged:
             raise ValueError(
                 f"parameters differ from the baseline's: lacks {sorted(missing)}, has extra {sorted(result.missing_keys)}"
             )
+        if self.compiled:
+            self.module = torch.compile(self.module)
         return {}
 
     @torch.no_grad()
