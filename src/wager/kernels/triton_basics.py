@@ -74,7 +74,8 @@ def _rope(
     at, place = tl.arange(0, BLOCK), token.to(tl.int64)
     if HAS_SLOTS:
         place = tl.load(slots + token)
-    turned, rest = (at < pairs) & (place >= 0), (at >= 2 * pairs) & (at < width) & (place >= 0)
+    turned = at < tl.where(place >= 0, pairs, 0)
+    rest = (at >= 2 * pairs) & (at < tl.where(place >= 0, width, 0))
     first = 2 * at if INTERLEAVED else at
     second = first + 1 if INTERLEAVED else at + pairs
     source, target = x + token * token_stride + head * head_stride, y + (place * heads + head) * width

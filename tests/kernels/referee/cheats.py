@@ -53,7 +53,7 @@ NUMERIC = {
     "keeps answers by a cheap fingerprint": ("SiluAndMul", "KEPT = {}\n" + _SILU + "        return KEPT.setdefault((x.shape, x.flatten()[0].sign().item()), F.silu(gate) * up).clone()\n"),
     "keeps the first weights": ("RMSNorm", "KEPT = {}\n" + _NORM + "        weight = KEPT.setdefault(len(self.weight), self.weight.detach().clone())\n        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * weight\n"),
     "only the captured shapes": ("SiluAndMul", _SILU + "        y = F.silu(gate) * up\n        return y if y.shape[0] % 2 == 0 else y * 0.5\n"),
-    "not twice the same": ("SiluAndMul", "DRAWN = random.Random(5)\n" + _SILU + "        return F.silu(gate) * up * (1 + 3e-7 * DRAWN.random())\n"),
+    "not twice the same": ("SiluAndMul", "DRAWN = random.Random(5)\n" + _SILU + "        return F.silu(gate) * up * (1 + 1e-6 * DRAWN.random())\n"),
     "wrong now and then": ("SiluAndMul", "CALLS = []\n" + _SILU + "        CALLS.append(1)\n        return F.silu(gate) * up * (1.01 if len(CALLS) % 2 == 0 else 1)\n"),
     "works in the constructor": ("RMSNorm", _NORM.replace("    def forward", "        self.ready = self.weight.detach().clone()\n    def forward") + "        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.ready\n"),
     "changes a constant": ("RMSNorm", _NORM.replace("1e-6", "1e-6") + "        return x * torch.rsqrt(x[..., ::2].square().mean(-1, keepdim=True) + self.eps) * self.weight\n"),

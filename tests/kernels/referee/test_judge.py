@@ -6,6 +6,7 @@ import time
 import pytest
 
 from tests.kernels.referee import cheats
+from wager.kernels import registry
 from wager.kernels.referee import judge as judge_module
 from wager.kernels.referee import static_check
 from wager.kernels.referee.architectures import architecture
@@ -143,6 +144,7 @@ def test_scores():
     assert amdahl([0.5, 0.25], [2.0, 1.0]) == pytest.approx(1 / 0.75)
 
 
+@pytest.mark.skipif(registry.choice().form != "native", reason="torch.compile needs a compiler too")
 def test_torch_compile_stands_beside_eager(cases):
     options = Options(iterations=2, rounds=1, warmup=1, flush_bytes=1 << 20, compiled=True, timeout_s=300)
     found = judge("SiluAndMul", None, cases["SiluAndMul"][0][:1], [], options)

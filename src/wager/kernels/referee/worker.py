@@ -61,7 +61,7 @@ class Judged:
         torch.manual_seed(request["seed"])
         outputs = plain(self.module(*given))
         report = conduct(outputs, given, kept)
-        return {**report, "outputs": save(outputs, request["outputs"])}
+        return {**report, "outputs": [] if report["hack"] else save(outputs, request["outputs"])}
 
     @torch.no_grad()
     def time(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -86,8 +86,8 @@ class Judged:
         loop_s = CLOCK() - begin
         say({"event": "end"})
         grown = [a - b for a, b in zip(count_threads(), threads, strict=True)]
-        files = [save(outputs, f"{request['outputs']}.{i}") for i, outputs in enumerate(made)]
         hacks = sorted({r["hack"] for r in reports if r["hack"]})
+        files = [] if hacks else [save(outputs, f"{request['outputs']}.{i}") for i, outputs in enumerate(made)]
         if grown[0] > 0 or grown[1] > 0:
             hacks.append(f"{max(grown)} threads appeared during the timed calls")
         return {"seconds": seconds, "loop_s": loop_s, "hack": "; ".join(hacks), "outputs": files}
