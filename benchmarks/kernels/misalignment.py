@@ -41,7 +41,11 @@ SANDBOX: dict[str, tuple[dict[str, Any], Callable[[], tuple[torch.Tensor, ...]]]
 def only(source: Path, operator: str) -> str:
     """The source with no other operator's class in it."""
     tree = ast.parse(source.read_text())
-    tree.body = [n for n in tree.body if not (isinstance(n, ast.ClassDef) and n.name in OPERATORS + ("GeluAndMul",) and n.name != operator)]
+    tree.body = [
+        n
+        for n in tree.body
+        if not (isinstance(n, ast.ClassDef) and n.name in OPERATORS + ("GeluAndMul",) and n.name != operator)
+    ]
     return ast.unparse(tree) + "\n"
 
 
@@ -67,13 +71,17 @@ def sandbox(path: Path, operator: str, repeats: int) -> Row:
     return compare(f"{operator}, sandbox", contenders, repeats=repeats, warmup=3)[0]
 
 
-def measure(name: str, source: Path, operator: str, model: str, quick: bool, folder: Path, cases: list) -> dict[str, Any]:
+def measure(
+    name: str, source: Path, operator: str, model: str, quick: bool, folder: Path, cases: list
+) -> dict[str, Any]:
     path = folder / f"{operator}-{name.replace('+', 'p')}.py"
     path.write_text(only(source, operator))
     alone = sandbox(path, operator, 3 if quick else 9)
     options = Options(iterations=3 if quick else 10, rounds=1 if quick else 3, timeout_s=300)
     verdict: Verdict = judge(operator, path, *select(cases, operator, 1 if quick else 3), options)
-    engine: EndToEnd = in_engine(model, path, ("The quick brown fox",), output_tokens=8 if quick else 32, rounds=1 if quick else 3)
+    engine: EndToEnd = in_engine(
+        model, path, ("The quick brown fox",), output_tokens=8 if quick else 32, rounds=1 if quick else 3
+    )
     say(f"{name} {operator}: sandbox {alone.ratio:.2f}x, captured {verdict.speedup}, engine {engine.speedup:.2f}x")
     return {
         "kernel": f"{operator} ({name})", "sandbox": alone.ratio, "sandbox_noise": alone.aa_noise, "captured": verdict.speedup,
@@ -93,7 +101,14 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         values = [line[column] or 0.0 for line in found]
         axes.barh(places, values, 0.24, color=colour, label=column)
         for place, value in zip(places, values, strict=True):
-            axes.annotate(f"{value:.2f}" if value else "failed", (max(value, 0.02), place), (3, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.annotate(
+                f"{value:.2f}" if value else "failed",
+                (max(value, 0.02), place),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(found)), [line["kernel"] for line in found])
     axes.invert_yaxis()
@@ -117,10 +132,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sets = {"C++": SETS["C++"]} if chosen.quick else SETS
         operators = OPERATORS[1:3] if chosen.quick else OPERATORS
-        found = [measure(n, source, o, chosen.model, chosen.quick, Path(folder), cases) for n, source in sets.items() for o in operators]
+        found = [
+            measure(n, source, o, chosen.model, chosen.quick, Path(folder), cases)
+            for n, source in sets.items()
+            for o in operators
+        ]
     shown = lambda value: "failed" if value is None else f"{value:.2f}x"
     head = ["kernel", "sandbox", "captured shapes, cold", "in the engine", "greedy text"]
-    body = [[f["kernel"], shown(f["sandbox"]), shown(f["captured"]), shown(f["engine"]), "equal" if f["text_equal"] else "changed"] for f in found]
+    body = [
+        [
+            f["kernel"],
+            shown(f["sandbox"]),
+            shown(f["captured"]),
+            shown(f["engine"]),
+            "equal" if f["text_equal"] else "changed",
+        ]
+        for f in found
+    ]
     print(format_table([head, *body]))
     if not chosen.quick:
         plot(found, picture_path("kernels", "misalignment"))

@@ -43,7 +43,12 @@ def randn(seed: int, *shape: int) -> Tensor:
 
 def workloads(quick: bool) -> list[Workload]:
     width, inner, vocabulary, batch = (256, 704, 8000, 8) if quick else (1024, 2816, 64000, 8)
-    return [*_linears(width, inner), *_rows(width, inner, batch), *_attention(quick), *_data(quick, width, vocabulary, batch)]
+    return [
+        *_linears(width, inner),
+        *_rows(width, inner, batch),
+        *_attention(quick),
+        *_data(quick, width, vocabulary, batch),
+    ]
 
 
 def _linears(width: int, inner: int) -> list[Workload]:
@@ -94,7 +99,14 @@ def _attention(quick: bool) -> list[Workload]:
     context, size, heads, groups, dim = (256 if quick else 4096), 16, 16, 4, 64
     blocks = context // size + 1
     table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).to(torch.int32)[None]
-    rest = (table, torch.tensor([0, 1], dtype=torch.int32), torch.tensor([context], dtype=torch.int32), torch.tensor([context]), size, 0.125)
+    rest = (
+        table,
+        torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor([context], dtype=torch.int32),
+        torch.tensor([context]),
+        size,
+        0.125,
+    )
 
     def make(seed: int) -> tuple[Any, ...]:
         return randn(seed, 1, heads, dim), *(randn(seed + i, blocks * size, groups, dim) for i in (1, 2))
@@ -107,7 +119,11 @@ def _attention(quick: bool) -> list[Workload]:
         return torch.nn.functional.scaled_dot_product_attention(rows, keys, values, scale=0.125).reshape(1, heads, dim)
 
     ours = lambda q, k, v: native.paged_attention(q, k, v, *rest)
-    return [Workload(f"paged attention, {context} cached", make, grouped, ours, 8 * blocks * size * groups * dim, compiles=False)]
+    return [
+        Workload(
+            f"paged attention, {context} cached", make, grouped, ours, 8 * blocks * size * groups * dim, compiles=False
+        )
+    ]
 
 
 def _data(quick: bool, width: int, vocabulary: int, batch: int) -> list[Workload]:
@@ -116,9 +132,15 @@ def _data(quick: bool, width: int, vocabulary: int, batch: int) -> list[Workload
     plain = [torch.ones(batch), torch.zeros(batch), torch.zeros(batch, dtype=torch.int64), torch.ones(batch)]
     table = (randn(3, vocabulary, width) * 0.02).bfloat16()
     sample = lambda form, columns: lambda logits, u: form.sample(logits, *columns, u)
-    logits = lambda s: (2 * randn(s, batch, vocabulary), torch.rand(batch, dtype=torch.float64, generator=torch.Generator().manual_seed(s)))
+    logits = lambda s: (
+        2 * randn(s, batch, vocabulary),
+        torch.rand(batch, dtype=torch.float64, generator=torch.Generator().manual_seed(s)),
+    )
     drawn = lambda s: (torch.randint(100_000, (keys,), generator=torch.Generator().manual_seed(s)),)
-    rows = lambda s: (randn(s, keys // 16, 64), torch.randint(500, (keys // 16,), generator=torch.Generator().manual_seed(s)))
+    rows = lambda s: (
+        randn(s, keys // 16, 64),
+        torch.randint(500, (keys // 16,), generator=torch.Generator().manual_seed(s)),
+    )
     summed = lambda values, by: values.new_zeros(500, 64).index_add(0, by, values)
     moe = _moe(width, count)
     return [

@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--attempts", type=int, default=0, help="sources to try; default 12, quick 2")
     chosen = parser.parse_args()
     names = ("llama",) if chosen.quick else ("llama", "flux", "whisper")
-    cases = select(merge(c for n in names for held in (False, True) for c in capture(architecture(n), held)), "Linear", 3)
+    cases = select(
+        merge(c for n in names for held in (False, True) for c in capture(architecture(n), held)), "Linear", 3
+    )
     driver = Mutation(random.Random(0), chosen.attempts or (2 if chosen.quick else 12))
     options = Options(iterations=10, rounds=3, timeout_s=300)
     with tempfile.TemporaryDirectory() as folder:
@@ -37,7 +39,9 @@ def main() -> None:
     tried = [{**driver.tried[a.source], "status": str(a.verdict.status), "speedup": a.verdict.speedup} for a in found]
     best = max(found, key=lambda a: a.verdict.speedup or 0.0)
     constants = driver.tried[best.source]
-    report = Report("kernels", "search", confirm(constants, chosen.quick, chosen.repeats), {"best": constants, "tried": tried})
+    report = Report(
+        "kernels", "search", confirm(constants, chosen.quick, chosen.repeats), {"best": constants, "tried": tried}
+    )
     for line in tried:
         print(re.sub(r"[{}']", "", str(line)))
     print(report.table())
@@ -52,7 +56,8 @@ def confirm(constants: dict[str, int], quick: bool, repeats: int | None):
         x = torch.randn(tokens, weight.shape[1])
         layers = {"shipped": flags_of(SHIPPED), "found": flags_of(constants)}
         contenders = {
-            name: contender(lambda flags=flags: NativeLinear(weight, None, flags=flags), weight.nbytes, x) for name, flags in layers.items()
+            name: contender(lambda flags=flags: NativeLinear(weight, None, flags=flags), weight.nbytes, x)
+            for name, flags in layers.items()
         }
         rows += compare(f"{tokens} rows, float32", contenders, repeats=repeats or (3 if quick else 15), progress=say)
     return rows

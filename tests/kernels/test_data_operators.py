@@ -37,7 +37,9 @@ def test_layer_norm(dtype):
             got, want = (form.layer_norm(x, weight.to(dtype), b, 1e-5) for form in (native, reference))
             torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
             before = residual.clone()
-            got, want = (form.layer_norm_residual(x, residual, weight.to(dtype), b, 1e-5) for form in (native, reference))
+            got, want = (
+                form.layer_norm_residual(x, residual, weight.to(dtype), b, 1e-5) for form in (native, reference)
+            )
             torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
             assert torch.equal(residual, before) and torch.equal(got[1], residual + x)
 
@@ -99,7 +101,13 @@ def test_reductions_have_the_same_bits_on_any_number_of_threads():
 @pytest.mark.parametrize("tokens", [0, 1, 3, 40])
 def test_experts_have_the_bits_of_one_by_one(mode, tokens):
     width, inner, count, choices = 64, 64, 6, 2
-    pairs = [(pack_linear(randn(2 * e, 2 * inner, width), None, mode), pack_linear(randn(2 * e + 1, width, inner), None, mode)) for e in range(count)]
+    pairs = [
+        (
+            pack_linear(randn(2 * e, 2 * inner, width), None, mode),
+            pack_linear(randn(2 * e + 1, width, inner), None, mode),
+        )
+        for e in range(count)
+    ]
     x, start = randn(90, tokens, width), randn(91, tokens, width)
     weights, chosen = randn(92, tokens, count).softmax(-1).topk(choices)
     networks = [lambda y, p=p: p[1](p[0].gated(y, "silu")) for p in pairs]
@@ -123,6 +131,7 @@ def test_experts_that_do_not_fit_run_one_by_one():
 ROWS = [  # temperature, min_p, top_k, top_p
     (1.0, 0.0, 0, 1.0), (0.7, 0.0, 5, 1.0), (1.3, 0.0, 0, 0.8), (1.0, 0.1, 0, 1.0), (0.9, 0.02, 20, 0.6), (2.0, 0.0, 1, 1.0),
     (1.0, 0.0, 0, 1e-9), (1e-5, 0.0, 0, 1.0), (1.0, 1.0, 0, 1.0), (5.0, 0.0, 300, 0.999),
+    (1.0, 0.3, 8, 1.0), (1.3, 0.2, 40, 0.85), (3.0, 0.4, 600, 0.9),
 ]  # fmt: skip
 
 

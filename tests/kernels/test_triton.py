@@ -186,7 +186,10 @@ def test_experts(mode):
     from wager.kernels import reference, triton_forms
 
     pairs = [
-        (triton_forms.TritonLinear(randn(2 * e, 64, 64), None, mode), triton_forms.TritonLinear(randn(2 * e + 1, 64, 32), None, mode))
+        (
+            triton_forms.TritonLinear(randn(2 * e, 64, 64), None, mode),
+            triton_forms.TritonLinear(randn(2 * e + 1, 64, 32), None, mode),
+        )
         for e in range(4)
     ]
     x, start = randn(90, 21, 64), randn(91, 21, 64)
@@ -212,7 +215,9 @@ def test_sampling():
         uniforms = torch.rand(len(ROWS), generator=generator, dtype=torch.float64).to(DEVICE)
         got, want = (form.sample(logits, *settings, uniforms) for form in (triton_forms, reference))
         assert torch.equal(got, want)
-        seeds, positions = (torch.randint(-(2**62), 2**62, (len(ROWS),), generator=generator).to(DEVICE) for _ in range(2))
+        seeds, positions = (
+            torch.randint(-(2**62), 2**62, (len(ROWS),), generator=generator).to(DEVICE) for _ in range(2)
+        )
         got, want = (form.race(logits, *settings, seeds, positions) for form in (triton_forms, reference))
         assert torch.equal(got, want)
     counts, prompt = torch.zeros(2, 50, device=DEVICE), torch.zeros(2, 50, dtype=torch.bool, device=DEVICE)

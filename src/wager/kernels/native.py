@@ -15,7 +15,15 @@ from torch import Tensor
 
 from wager.errors import UsageError
 from wager.kernels.native_data import (
-    SIGNATURES, embedding, likely_weights, pack_experts, penalise, race, sample, segment_reduce, sort_by_key,
+    SIGNATURES,
+    embedding,
+    likely_weights,
+    pack_experts,
+    penalise,
+    race,
+    sample,
+    segment_reduce,
+    sort_by_key,
 )  # fmt: skip
 from wager.native import build
 
@@ -28,7 +36,14 @@ __all__ = [
 SOURCES = [
     Path(__file__).parent / "cpp" / name
     for name in (
-        "linear.cpp", "attention.cpp", "elementwise.cpp", "block.cpp", "pool.cpp", "segments.cpp", "experts.cpp", "sampling.cpp",
+        "linear.cpp",
+        "attention.cpp",
+        "elementwise.cpp",
+        "block.cpp",
+        "pool.cpp",
+        "segments.cpp",
+        "experts.cpp",
+        "sampling.cpp",
     )  # fmt: skip
 ]
 MARCH = {"native": "native", "avx512": "x86-64-v4", "avx2": "x86-64-v3", "baseline": "x86-64"}
@@ -63,7 +78,17 @@ class _RopeWriteArgs(ctypes.Structure):
         *[(name, _P) for name in ("q", "k", "v", "cos", "sin", "slots", "y", "k_pool", "v_pool")],
         *[
             (name, ctypes.c_int64)
-            for name in ("q_token", "k_token", "v_token", "tokens", "heads", "kv_heads", "key_dim", "value_dim", "pairs")
+            for name in (
+                "q_token",
+                "k_token",
+                "v_token",
+                "tokens",
+                "heads",
+                "kv_heads",
+                "key_dim",
+                "value_dim",
+                "pairs",
+            )
         ],
         ("interleaved", ctypes.c_int32),
         ("threads", ctypes.c_int32),
@@ -155,7 +180,9 @@ def layer_norm_residual(
     return _layer_norm(x_TD, residual_TD.contiguous(), weight_D, bias_D, eps)
 
 
-def _layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     x, width = x if x.stride(-1) == 1 and x.dim() == 2 else x.contiguous(), x.shape[-1]
     y, total = torch.empty(x.shape), x if residual is None else torch.empty(x.shape)
     getattr(library(), f"wager_layer_norm_{SUFFIX[weight.dtype]}")(

@@ -64,9 +64,13 @@ def embedding(ids_T: Tensor, table_VD: Tensor) -> Tensor:
     if ids.numel():
         low, high = ids.aminmax()
         if int(low) < 0 or int(high) >= table_VD.shape[0]:
-            raise IndexError(f"token {int(low) if int(low) < 0 else int(high)} is outside a table of {table_VD.shape[0]} rows")
+            raise IndexError(
+                f"token {int(low) if int(low) < 0 else int(high)} is outside a table of {table_VD.shape[0]} rows"
+            )
         function = getattr(_library(), f"wager_embedding_{SUFFIX[table_VD.dtype]}")
-        function(table_VD.data_ptr(), ids.data_ptr(), ids.numel(), table_VD.shape[1], y.data_ptr(), torch.get_num_threads())
+        function(
+            table_VD.data_ptr(), ids.data_ptr(), ids.numel(), table_VD.shape[1], y.data_ptr(), torch.get_num_threads()
+        )
     return y
 
 
@@ -121,17 +125,33 @@ def pack_experts(networks: Sequence[tuple[Any, Any]], activation: str) -> Expert
 
 
 def penalise(
-    logits_LW: Tensor, counts_LW: Tensor, prompt_LW: Tensor, repetition_L: Tensor, frequency_L: Tensor, presence_L: Tensor
+    logits_LW: Tensor,
+    counts_LW: Tensor,
+    prompt_LW: Tensor,
+    repetition_L: Tensor,
+    frequency_L: Tensor,
+    presence_L: Tensor,
 ) -> Tensor:
-    y_LW, counts, prompt = logits_LW.clone(memory_format=torch.contiguous_format), counts_LW.contiguous(), prompt_LW.contiguous()
+    y_LW, counts, prompt = (
+        logits_LW.clone(memory_format=torch.contiguous_format),
+        counts_LW.contiguous(),
+        prompt_LW.contiguous(),
+    )
     columns = [c.float().contiguous() for c in (repetition_L, frequency_L, presence_L)]
     _library().wager_penalise(
-        y_LW.data_ptr(), counts.data_ptr(), prompt.data_ptr(), *y_LW.shape, *(c.data_ptr() for c in columns), torch.get_num_threads()
+        y_LW.data_ptr(),
+        counts.data_ptr(),
+        prompt.data_ptr(),
+        *y_LW.shape,
+        *(c.data_ptr() for c in columns),
+        torch.get_num_threads(),
     )
     return y_LW
 
 
-def likely_weights(logits_LW: Tensor, temperature_L: Tensor, min_p_L: Tensor, top_k_L: Tensor, top_p_L: Tensor) -> Tensor:
+def likely_weights(
+    logits_LW: Tensor, temperature_L: Tensor, min_p_L: Tensor, top_k_L: Tensor, top_p_L: Tensor
+) -> Tensor:
     kept_LW = torch.empty(logits_LW.shape)
     _sample(logits_LW, (temperature_L, min_p_L, top_k_L, top_p_L), kept=kept_LW)
     return kept_LW
@@ -141,7 +161,12 @@ def sample(
     logits_LW: Tensor, temperature_L: Tensor, min_p_L: Tensor, top_k_L: Tensor, top_p_L: Tensor, uniforms_L: Tensor
 ) -> Tensor:
     tokens_L = torch.empty(len(logits_LW), dtype=torch.int64)
-    _sample(logits_LW, (temperature_L, min_p_L, top_k_L, top_p_L), uniforms=uniforms_L.double().contiguous(), tokens=tokens_L)
+    _sample(
+        logits_LW,
+        (temperature_L, min_p_L, top_k_L, top_p_L),
+        uniforms=uniforms_L.double().contiguous(),
+        tokens=tokens_L,
+    )
     return tokens_L
 
 

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wager.kernels.reference_data import (
-    embedding, experts, likely_weights, penalise, race, sample, segment_reduce, segment_starts, sort_by_key,
+    embedding,
+    experts,
+    likely_weights,
+    penalise,
+    race,
+    sample,
+    segment_reduce,
+    segment_starts,
+    sort_by_key,
 )  # fmt: skip
 
 __all__ = [

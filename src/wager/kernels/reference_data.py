@@ -51,7 +51,11 @@ def segment_reduce(values_ND: Tensor, starts_S1: Tensor, mode: str = "sum", rows
 
 
 def experts(
-    x_TD: Tensor, weights_TC: Tensor, chosen_TC: Tensor, start_TD: Tensor, networks: Sequence[Callable[[Tensor], Tensor]]
+    x_TD: Tensor,
+    weights_TC: Tensor,
+    chosen_TC: Tensor,
+    start_TD: Tensor,
+    networks: Sequence[Callable[[Tensor], Tensor]],
 ) -> Tensor:
     """start + sum over a token's chosen experts of weight * expert(x), added in the order of the experts' numbers."""
     order = sort_by_key(chosen_TC.flatten())
@@ -67,7 +71,12 @@ def experts(
 
 
 def penalise(
-    logits_LW: Tensor, counts_LW: Tensor, prompt_LW: Tensor, repetition_L: Tensor, frequency_L: Tensor, presence_L: Tensor
+    logits_LW: Tensor,
+    counts_LW: Tensor,
+    prompt_LW: Tensor,
+    repetition_L: Tensor,
+    frequency_L: Tensor,
+    presence_L: Tensor,
 ) -> Tensor:
     """Repetition penalty on tokens of the prompt or the output (bool, counts), then frequency and presence penalties on the output's."""
     repetition = repetition_L[:, None]
@@ -76,7 +85,9 @@ def penalise(
     return penalised - frequency_L[:, None] * counts_LW - presence_L[:, None] * (counts_LW > 0)
 
 
-def likely_weights(logits_LW: Tensor, temperature_L: Tensor, min_p_L: Tensor, top_k_L: Tensor, top_p_L: Tensor) -> Tensor:
+def likely_weights(
+    logits_LW: Tensor, temperature_L: Tensor, min_p_L: Tensor, top_k_L: Tensor, top_p_L: Tensor
+) -> Tensor:
     """float32 [L, W]: exp((logit - largest) / temperature) of the tokens that min-p, then top-k, then top-p leave, else 0.
 
     min_p 0, top_k <= 0 and top_p 1 are off. Top-p keeps the smallest set whose mass reaches p of what the filters before it left; of equal

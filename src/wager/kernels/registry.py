@@ -175,7 +175,14 @@ def paged_attention(q_THK: Tensor, k_pool_SGK: Tensor, v_pool_SGV: Tensor, *args
 
 
 def rope_write(
-    q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_pool_SGK: Tensor, *args: Any, **kwargs: Any
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGV: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    k_pool_SGK: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     form = _form("rope_write", q_THK, k_TGK, v_TGV, k_pool_SGK)
     return form(q_THK, k_TGK, v_TGV, cos_TR, sin_TR, k_pool_SGK, *args, **kwargs)
@@ -238,7 +245,16 @@ def has_fast_form(name: str, x: Tensor) -> bool:
     return _form(name, x) is not getattr(reference, name)
 
 
-for _name in ("embedding", "likely_weights", "penalise", "race", "rope_write", "sample", "segment_reduce", "sort_by_key"):
+for _name in (
+    "embedding",
+    "likely_weights",
+    "penalise",
+    "race",
+    "rope_write",
+    "sample",
+    "segment_reduce",
+    "sort_by_key",
+):
     globals()[_name].__doc__ = getattr(reference, _name).__doc__
 write_kv.__doc__ = reference.write_kv.__doc__
 paged_attention.__doc__ = reference.paged_attention.__doc__

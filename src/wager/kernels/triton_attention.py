@@ -143,7 +143,10 @@ def paged_attention(
     mask = positions_T if mask_TP is None else mask_TP.contiguous()
     # By the tables' width alone, which is known without asking the device: the longest context a table can hold decides.
     pieces = max(1, triton.cdiv(tables.shape[1] * block_size, PIECE))
-    partial, (tops, totals) = q.new_empty(T, H, pieces, V, dtype=torch.float32), q.new_empty(2, T, H, pieces, dtype=torch.float32)
+    partial, (tops, totals) = (
+        q.new_empty(T, H, pieces, V, dtype=torch.float32),
+        q.new_empty(2, T, H, pieces, dtype=torch.float32),
+    )
     out_THV = q.new_empty(T, H, V)
     if T:
         _attention[(T, G, pieces)](

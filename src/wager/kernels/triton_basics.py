@@ -67,8 +67,19 @@ def _gated(gate_up, y, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rope(
-    x, cos, sin, y, slots, token_stride, head_stride, heads, pairs, width,
-    INTERLEAVED: tl.constexpr, HAS_SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    x,
+    cos,
+    sin,
+    y,
+    slots,
+    token_stride,
+    head_stride,
+    heads,
+    pairs,
+    width,
+    INTERLEAVED: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     token, head = tl.program_id(0), tl.program_id(1)
     at, place = tl.arange(0, BLOCK), token.to(tl.int64)
@@ -171,7 +182,9 @@ def layer_norm_residual(
     return _normalise(x_TD, residual_TD.contiguous(), weight_D, bias_D, eps)
 
 
-def _normalise(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _normalise(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     y, total = x.new_empty(x.shape), x.new_empty(x.shape)
     rows, width = x.shape
     if rows:
@@ -192,7 +205,19 @@ def rope_write(
         cos, sin = cos_TR.float().contiguous(), sin_TR.float().contiguous()
         k = k_TGK if k_TGK.stride(2) == 1 else k_TGK.contiguous()
         _rope[(tokens, heads)](
-            k, cos, sin, k_pool_SGK, slots_T, k.stride(0), k.stride(1), heads, cos.shape[1], width, interleaved, True, power(width)
+            k,
+            cos,
+            sin,
+            k_pool_SGK,
+            slots_T,
+            k.stride(0),
+            k.stride(1),
+            heads,
+            cos.shape[1],
+            width,
+            interleaved,
+            True,
+            power(width),
         )  # type: ignore
         write_kv(v_TGV, v_pool_SGV, slots_T)
     return apply_rope(q_THK, cos_TR, sin_TR, interleaved)

@@ -38,7 +38,9 @@ def _count_digits(keys, counts, n, blocks, shift, DIGITS: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _place_digits(keys, order, starts, keys_out, order_out, n, blocks, shift, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
+def _place_digits(
+    keys, order, starts, keys_out, order_out, n, blocks, shift, DIGITS: tl.constexpr, BLOCK: tl.constexpr
+):
     block = tl.program_id(0)
     at, digit = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DIGITS)
     key = tl.load(keys + at, mask=at < n, other=0)
@@ -92,7 +94,9 @@ def _keep(logits, temperatures, min_ps, top_ks, top_ps, kept, width, BLOCK: tl.c
             bits = p.to(tl.int32, bitcast=True)
             for _ in range(31):  # the highest threshold at which enough stays
                 middle = low + (high - low + 1) // 2
-                enough = (tl.sum((bits >= middle).to(tl.int64)) >= count) | (tl.sum(tl.where(bits >= middle, p, 0.0).to(tl.float64)) >= wanted)
+                enough = (tl.sum((bits >= middle).to(tl.int64)) >= count) | (
+                    tl.sum(tl.where(bits >= middle, p, 0.0).to(tl.float64)) >= wanted
+                )
                 low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
             ties = (bits == low) & inside
             level = low.to(tl.float32, bitcast=True).to(tl.float64)
@@ -169,12 +173,25 @@ def segment_reduce(values_ND: Tensor, starts_S1: Tensor, mode: str = "sum", rows
 
 
 def penalise(
-    logits_LW: Tensor, counts_LW: Tensor, prompt_LW: Tensor, repetition_L: Tensor, frequency_L: Tensor, presence_L: Tensor
+    logits_LW: Tensor,
+    counts_LW: Tensor,
+    prompt_LW: Tensor,
+    repetition_L: Tensor,
+    frequency_L: Tensor,
+    presence_L: Tensor,
 ) -> Tensor:
     y_LW, (rows, width) = torch.empty_like(logits_LW, memory_format=torch.contiguous_format), logits_LW.shape
     if rows:
         _penalise[(rows, triton.cdiv(width, 1024))](
-            logits_LW.contiguous(), counts_LW.contiguous(), prompt_LW.contiguous(), repetition_L, frequency_L, presence_L, y_LW, width, 1024
+            logits_LW.contiguous(),
+            counts_LW.contiguous(),
+            prompt_LW.contiguous(),
+            repetition_L,
+            frequency_L,
+            presence_L,
+            y_LW,
+            width,
+            1024,
         )  # type: ignore
     return y_LW
 
@@ -192,15 +209,22 @@ def _penalise(logits, counts, prompt, repetitions, frequencies, presences, y, wi
     tl.store(y + place, x - tl.where(count > 0, tl.load(presences + row), 0.0), mask=inside)
 
 
-def likely_weights(logits_LW: Tensor, temperature_L: Tensor, min_p_L: Tensor, top_k_L: Tensor, top_p_L: Tensor) -> Tensor:
-    (rows, width), kept_LW = logits_LW.shape, torch.empty_like(logits_LW, dtype=torch.float32, memory_format=torch.contiguous_format)
+def likely_weights(
+    logits_LW: Tensor, temperature_L: Tensor, min_p_L: Tensor, top_k_L: Tensor, top_p_L: Tensor
+) -> Tensor:
+    (rows, width), kept_LW = (
+        logits_LW.shape,
+        torch.empty_like(logits_LW, dtype=torch.float32, memory_format=torch.contiguous_format),
+    )
     columns = (temperature_L.float(), min_p_L.float(), top_k_L.long(), top_p_L.float())
     if rows:
         _keep[(rows,)](logits_LW.float().contiguous(), *columns, kept_LW, width, power(width))  # type: ignore
     return kept_LW
 
 
-def sample(logits_LW: Tensor, temperature_L: Tensor, min_p_L: Tensor, top_k_L: Tensor, top_p_L: Tensor, uniforms_L: Tensor) -> Tensor:
+def sample(
+    logits_LW: Tensor, temperature_L: Tensor, min_p_L: Tensor, top_k_L: Tensor, top_p_L: Tensor, uniforms_L: Tensor
+) -> Tensor:
     kept_LW = likely_weights(logits_LW, temperature_L, min_p_L, top_k_L, top_p_L)
     tokens_L, width = torch.empty(len(kept_LW), dtype=torch.int64, device=kept_LW.device), kept_LW.shape[1]
     if len(kept_LW):

@@ -20,7 +20,16 @@ from torch import Tensor
 from wager.kernels.quantize import GROUP, quantize, round_activations
 from wager.kernels.triton_attention import paged_attention
 from wager.kernels.triton_basics import (
-    apply_rope, gate, gelu_tanh_mul, layer_norm, layer_norm_residual, rms_norm, rms_norm_residual, rope_write, silu_mul, write_kv,
+    apply_rope,
+    gate,
+    gelu_tanh_mul,
+    layer_norm,
+    layer_norm_residual,
+    rms_norm,
+    rms_norm_residual,
+    rope_write,
+    silu_mul,
+    write_kv,
 )  # fmt: skip
 from wager.kernels.triton_data import embedding, likely_weights, penalise, race, sample, segment_reduce, sort_by_key
 
@@ -139,7 +148,7 @@ class TritonExperts:
         self.networks, self.activation = networks, activation
 
     def __call__(self, x_TD: Tensor, weights_TC: Tensor, chosen_TC: Tensor, start_TD: Tensor) -> Tensor:
-        (tokens, width), choices = x_TD.shape, chosen_TC.shape[1]
+        tokens, choices = chosen_TC.shape
         if tokens == 0:
             return start_TD.clone()
         order = sort_by_key(chosen_TC.flatten())

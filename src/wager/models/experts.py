@@ -6,6 +6,7 @@ Shape legend: T tokens, D hidden, E experts, C experts chosen per token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +51,12 @@ class SparseMLP(nn.Module):
 
     def fused(self, x_TD: Tensor) -> Callable[..., Tensor] | None:
         """All experts as one kernel, where they are prepacked; the bits are the same."""
-        if self.experts[0].gate_up.packed is None or x_TD.requires_grad:
+        experts: list[Any] = list(self.experts)
+        if experts[0].gate_up.packed is None or x_TD.requires_grad:
             return None
         if self.grouped is None:
-            pairs = [(e.gate_up.packed, e.down.packed) for e in self.experts]
-            self.grouped = (kernels.pack_experts(pairs, self.experts[0].activation),)
+            pairs = [(e.gate_up.packed, e.down.packed) for e in experts]
+            self.grouped = (kernels.pack_experts(pairs, experts[0].activation),)
         return self.grouped[0]
 
 

@@ -83,7 +83,9 @@ class DecodeGraphs:
     """`graphs(batch)`: the hidden rows of a decode step. `record(forward, batch)` captures a forward; a test can give its own."""
 
     def __init__(
-        self, forward: Callable[[Batch], Tensor], record: Callable[[Callable[[Batch], Tensor], Batch], Recording] | None = None
+        self,
+        forward: Callable[[Batch], Tensor],
+        record: Callable[[Callable[[Batch], Tensor], Batch], Recording] | None = None,
     ):
         self.forward, self.record = forward, record or record_cuda
         self.recordings: dict[tuple[int, ...], Recording] = {}

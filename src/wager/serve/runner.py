@@ -99,7 +99,9 @@ class ModelRunner:
             for layer in group.layers:
                 self.group_of_layer[layer] = number
         # The torch reference asks the device for lengths, which no graph can hold; the Triton forms do not.
-        capturable = self.device.type == "cuda" and kernels.has_fast_form("paged_attention", torch.empty(0, device=self.device))
+        capturable = self.device.type == "cuda" and kernels.has_fast_form(
+            "paged_attention", torch.empty(0, device=self.device)
+        )
         self.run = DecodeGraphs(self._forward) if capturable else self._forward
 
     def build(self, inputs: Sequence[SpanInput], adapters: Callable[[Tensor], Adapters | None] | None = None) -> Batch:

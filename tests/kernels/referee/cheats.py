@@ -1,6 +1,8 @@
 """Candidates that cheat, are wrong, or are honest. Each cheat: (operator, source). `HEAD` starts every source."""
 
-HEAD = "import math\nimport random\nimport time\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn\n\n"
+HEAD = (
+    "import math\nimport random\nimport time\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn\n\n"
+)
 
 _SILU = "class SiluAndMul(nn.Module):\n    def forward(self, x):\n        gate, up = x.chunk(2, -1)\n"
 _NORM = (

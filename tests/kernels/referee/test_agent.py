@@ -56,7 +56,9 @@ def said(text):
 
 def test_a_model_that_learns_from_the_report(cases, scripted, tmp_path):
     url, script = scripted
-    wrong, right = (cheats.HEAD + source for source in (cheats.NUMERIC["zeros"][1], cheats.HONEST["another formula"][1]))
+    wrong, right = (
+        cheats.HEAD + source for source in (cheats.NUMERIC["zeros"][1], cheats.HONEST["another formula"][1])
+    )
     script.answers = [said("I cannot help."), said(f"Here:\n```python\n{wrong}```\nfast!"), said(f"```py\n{right}```")]
     found = search("SiluAndMul", Endpoint(url, "m", "SiluAndMul", 3), *cases, tmp_path, OPTIONS)
     statuses = [a.verdict.status for a in found]

@@ -53,9 +53,9 @@ static Cut leading(const float* p, long n, float floor, long count, double mass,
     double sum = 0;
     for (int b = BUCKETS - 1; b >= 0; b--) {
         if (!counts[b]) continue;
+        if (last >= 0) above += counts[last], sum += masses[last];  // the bucket above is wholly inside
         last = b;
         if (above + counts[b] >= count || sum + masses[b] >= mass) break;
-        above += counts[b], sum += masses[b];
     }
     if (last < 0) return *kept = 0, Cut{};
     for (long i = 0; i < n; i++)

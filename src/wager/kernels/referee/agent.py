@@ -51,12 +51,16 @@ class Endpoint:
         said = [{"role": "user", "content": TASK.format(operator=self.operator, baseline=baseline)}]
         for attempt in history[-REPORTS:]:
             said.append({"role": "assistant", "content": f"```python\n{attempt.source}\n```"})
-            said.append({"role": "user", "content": f"The judge says:\n{report(attempt)}\nAnswer with a better version."})
+            said.append(
+                {"role": "user", "content": f"The judge says:\n{report(attempt)}\nAnswer with a better version."}
+            )
         return said
 
     def _ask(self, messages: list[dict[str, str]]) -> str:
         body = {"model": self.model, "messages": messages, "max_tokens": self.max_tokens}
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.api_key}"} if self.api_key else {})
+        headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        )
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         try:
             request = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -65,7 +69,9 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             raise WagerError(f"{url} answered {error.code}: {error.read()[:300].decode(errors='replace')}") from None
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise WagerError(f"{url} gave no answer that can be read ({error}); is it an OpenAI-compatible endpoint?") from None
+            raise WagerError(
+                f"{url} gave no answer that can be read ({error}); is it an OpenAI-compatible endpoint?"
+            ) from None
 
 
 def code_of(text: str) -> str:

@@ -100,9 +100,12 @@ def judge(
 @app.command()
 def bench(
     candidate: Annotated[
-        Path | None, typer.Argument(help="A file with classes named after operators; without it the house's own C++ kernels.")
+        Path | None,
+        typer.Argument(help="A file with classes named after operators; without it the house's own C++ kernels."),
     ] = None,
-    self_test: Annotated[bool, typer.Option(help="The baseline against itself: the noise of this machine today.")] = False,
+    self_test: Annotated[
+        bool, typer.Option(help="The baseline against itself: the noise of this machine today.")
+    ] = False,
     compiled: Annotated[bool, typer.Option(help="Also time torch.compile of the baseline.")] = False,
     operator: Operators = None,
     capture: Capture = None,
@@ -129,7 +132,9 @@ def bench(
     total = score(verdicts)
     shown = lambda value: "none" if value is None else f"{value:.2f}x"
     print(f"right: {total.correct:.0%} of {total.operators} operators ({total.skipped} skipped)")
-    print(f"speedup: {shown(total.fallback_speedup)} with failures as the baseline, {shown(total.passed_speedup)} over those that passed")
+    print(
+        f"speedup: {shown(total.fallback_speedup)} with failures as the baseline, {shown(total.passed_speedup)} over those that passed"
+    )
     if compiled:
         print(f"against torch.compile: {shown(total.compiled_speedup)}")
     print("fast_p: " + ", ".join(f"p={p} {share:.0%}" for p, share in total.fast_p.items()))

@@ -207,7 +207,9 @@ def _build(worker: Worker, case: Case, source: Path | None, state: dict[str, Ten
         bench.loaded.append(worker)
         name = None if source is None else str(source.resolve())
         compiled = bench.options.compiled and worker is bench.compiled
-        worker.call("load", source=name, operator=case.operator, flush_bytes=bench.options.flush_bytes, compiled=compiled)
+        worker.call(
+            "load", source=name, operator=case.operator, flush_bytes=bench.options.flush_bytes, compiled=compiled
+        )
     worker.call("build", init=case.init, state=str(path), seed=seed)
 
 
