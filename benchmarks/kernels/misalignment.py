@@ -114,7 +114,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("times as fast as torch eager (engine: as the engine without it)")
     axes.margins(x=0.1)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
