@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from wager import kernels
 from wager.errors import UsageError
-from wager.kernels import native, reference
+from wager.kernels import native, native_data, reference
 from wager.kernels.registry import ReferenceLinear, choice, pack_linear
 
 pytestmark = pytest.mark.skipif(choice().form != "native", reason="native kernels cannot be built here")
@@ -195,3 +195,19 @@ def test_penalties():
     penalties = [torch.tensor(v) for v in ([1.0, 1.3, 2.0], [0.5, 0.0, -0.1], [0.2, -0.3, 0.0])]
     got, want = (form.penalise(logits, counts, prompt, *penalties) for form in (native, reference))
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+def test_a_prepacked_mixture_runs_as_one_kernel_with_the_same_result():
+    from wager.models.experts import Router, SparseMLP, softmax_route
+    from wager.models.layers import GatedMLP, init_weights
+
+    experts = [GatedMLP(f"e{e}", 64, 32, "silu") for e in range(5)]
+    mixture = SparseMLP(Router("gate", 64, 5, None), experts, softmax_route(2, True)).requires_grad_(False)
+    init_weights(mixture, 0.1, torch.Generator().manual_seed(0))
+    x = randn(1, 9, 64)
+    want = mixture(x)
+    for expert in experts:
+        expert.gate_up.prepack()
+        expert.down.prepack()
+    assert isinstance(mixture.fused(x), native_data.Experts)
+    torch.testing.assert_close(mixture(x), want, atol=1e-6, rtol=1e-5)
