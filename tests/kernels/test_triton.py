@@ -89,15 +89,139 @@ def test_linears(mode, rows, inputs, outputs):
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("tree", [False, True])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_attention(window, tree, sinks):
+@pytest.mark.parametrize("latent", [False, True])
+def test_attention(window, tree, sinks, latent):
     from tests.kernels.test_native import build
     from wager.kernels import reference, triton_forms
 
     case = dict(
         spans=[(40, 1), (0, 5), (13, 7)], heads=6, kv_heads=2, key_dim=20, value_dim=12, block_size=4, window=window,
-        softcap=5.0 if tree else None, dtype=torch.float32, latent=False, tree=tree, seed=3,
+        softcap=5.0 if tree else None, dtype=torch.float32, latent=latent, tree=tree, seed=3,
     )  # fmt: skip
     arguments = [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in build(case)]
     sink = randn(5, 6) if sinks else None
     got, want = (form.paged_attention(*arguments, sink) for form in (triton_forms, reference))
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+
+
+@present
+@inside
+def test_long_contexts_are_cut_and_combined(monkeypatch):
+    from tests.kernels.test_native import build
+    from wager.kernels import reference, triton_attention
+
+    monkeypatch.setattr(triton_attention, "PIECE", 64)
+    case = dict(
+        spans=[(200, 1), (60, 9), (0, 3)], heads=4, kv_heads=2, key_dim=16, value_dim=16, block_size=16, softcap=None,
+        dtype=torch.float32, latent=False, tree=False, seed=3,
+    )  # fmt: skip
+    for window in (None, 70):
+        arguments = [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in build({**case, "window": window})]
+        got, want = (form.paged_attention(*arguments, randn(1, 4)) for form in (triton_attention, reference))
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+
+
+@present
+@inside
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_grown_tree_sees_cached_rows_beyond_its_own_length(window):
+    """Two new nodes below five cached tree rows: mask bits reach further than the span is long, and past its own last bit nothing is read."""
+    from wager.kernels import reference, triton_forms
+
+    k, v, q = randn(0, 32, 2, 16), randn(1, 32, 2, 16), randn(2, 2, 4, 16)
+    k[12:], v[12:] = torch.nan, torch.nan
+    arguments = (
+        q, k, v, torch.tensor([[0, 1, 2, -1]], dtype=torch.int32, device=DEVICE), torch.tensor([0, 2], dtype=torch.int32, device=DEVICE),
+        torch.tensor([5], dtype=torch.int32, device=DEVICE), torch.tensor([7, 8], device=DEVICE), 4, 0.25, window, None,
+        torch.tensor([[0b0100101], [0b1100101]], device=DEVICE),
+    )  # fmt: skip
+    got, want = (form.paged_attention(*arguments) for form in (triton_forms, reference))
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+
+
+@present
+@inside
+def test_layer_norm_rope_write_and_embedding():
+    from wager.kernels import reference, triton_forms
+
+    for rows, width in ((0, 8), (3, 37)):
+        x, residual, weight, bias = randn(1, rows, width), randn(2, rows, width), randn(3, width), randn(4, width)
+        for b in (None, bias):
+            got, want = (f.layer_norm_residual(x, residual, weight, b, 1e-5) for f in (triton_forms, reference))
+            torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+            got, want = (f.layer_norm(x, weight, b, 1e-5) for f in (triton_forms, reference))
+            torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    q, k, v = randn(5, 5, 10 * 24).view(5, 10, 24).split((6, 2, 2), dim=1)
+    angles, slots, made = randn(6, 5, 8), torch.tensor([3, -1, 0, 9, 5], device=DEVICE), []
+    for form in (triton_forms, reference):
+        pools = [torch.zeros(12, 2, 24, device=DEVICE) for _ in range(2)]
+        made.append((form.rope_write(q, k, v, angles.cos(), angles.sin(), *pools, slots), *pools))
+    for got, want in zip(*made, strict=True):
+        torch.testing.assert_close(got, want)
+    table, ids = randn(7, 20, 24), torch.tensor([0, 19, 3], device=DEVICE)
+    torch.testing.assert_close(triton_forms.embedding(ids, table), table[ids])
+
+
+@present
+@inside
+def test_sort_and_reduce():
+    from wager.kernels import reference, triton_forms
+
+    generator = torch.Generator().manual_seed(0)
+    for n, top in ((0, 5), (1, 5), (300, 7), (500, 100_000)):
+        keys = (torch.randint(top, (n,), generator=generator) - 3).to(DEVICE)
+        assert torch.equal(triton_forms.sort_by_key(keys), reference.sort_by_key(keys))
+    keys, values = torch.randint(7, (100,), generator=generator).to(DEVICE), randn(1, 100, 24)
+    order = reference.sort_by_key(keys)
+    starts = reference.segment_starts(keys[order], 9)
+    for mode in ("sum", "mean", "max"):
+        got, want = (f.segment_reduce(values, starts, mode, order) for f in (triton_forms, reference))
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
+
+
+@present
+@inside
+@pytest.mark.parametrize("mode", [None, "int8", "int4", "nf4"])
+def test_experts(mode):
+    from wager.kernels import reference, triton_forms
+
+    pairs = [
+        (
+            triton_forms.TritonLinear(randn(2 * e, 64, 64), None, mode),
+            triton_forms.TritonLinear(randn(2 * e + 1, 64, 32), None, mode),
+        )
+        for e in range(4)
+    ]
+    x, start = randn(90, 21, 64), randn(91, 21, 64)
+    weights, chosen = randn(92, 21, 4).softmax(-1).topk(2)
+    want = reference.experts(x, weights, chosen, start, [lambda y, p=p: p[1](p[0].gated(y, "silu")) for p in pairs])
+    got = triton_forms.pack_experts(pairs, "silu")(x, weights, chosen, start)
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-4)
+    assert triton_forms.pack_experts([(None, None)], "silu") is None
+
+
+@present
+@inside
+def test_sampling():
+    from tests.kernels.test_data_operators import ROWS, columns
+    from wager.kernels import reference, triton_forms
+
+    generator = torch.Generator().manual_seed(1)
+    settings = [c.to(DEVICE) for c in columns()]
+    for logits in (3 * randn(0, len(ROWS), 300), (3 * randn(1, len(ROWS), 300)).round()):
+        got, want = (form.likely_weights(logits, *settings) for form in (triton_forms, reference))
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+        assert torch.equal(got > 0, want > 0)
+        uniforms = torch.rand(len(ROWS), generator=generator, dtype=torch.float64).to(DEVICE)
+        got, want = (form.sample(logits, *settings, uniforms) for form in (triton_forms, reference))
+        assert torch.equal(got, want)
+        seeds, positions = (
+            torch.randint(-(2**62), 2**62, (len(ROWS),), generator=generator).to(DEVICE) for _ in range(2)
+        )
+        got, want = (form.race(logits, *settings, seeds, positions) for form in (triton_forms, reference))
+        assert torch.equal(got, want)
+    counts, prompt = torch.zeros(2, 50, device=DEVICE), torch.zeros(2, 50, dtype=torch.bool, device=DEVICE)
+    counts[0, 3], counts[1, 4], prompt[1, 7] = 1, 2, True
+    penalties = [torch.tensor(v, device=DEVICE) for v in ([1.0, 1.3], [0.5, 0.0], [0.2, -0.3])]
+    got, want = (form.penalise(logits[:2, :50], counts, prompt, *penalties) for form in (triton_forms, reference))
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)

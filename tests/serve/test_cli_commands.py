@@ -31,7 +31,9 @@ def url(tiny_dir):
 
 def greedy_chat(url, messages, max_tokens):
     body = {"messages": messages, "temperature": 0, "max_tokens": max_tokens}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=600)
+    answer = httpx.post(
+        f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=600
+    )
     return answer.json()["choices"][0]["message"]["content"]
 
 

@@ -14,11 +14,37 @@ import torch
 from torch import Tensor
 
 from wager.errors import UsageError
+from wager.kernels.native_data import (
+    SIGNATURES,
+    embedding,
+    likely_weights,
+    pack_experts,
+    penalise,
+    race,
+    sample,
+    segment_reduce,
+    sort_by_key,
+)  # fmt: skip
 from wager.native import build
+
+__all__ = [
+    "apply_rope", "embedding", "gelu_tanh_mul", "layer_norm", "layer_norm_residual", "library", "likely_weights", "march", "pack_experts",
+    "paged_attention", "penalise", "race", "rms_norm", "rms_norm_residual", "rope_write", "sample", "segment_reduce", "serves",
+    "silu_mul", "sort_by_key", "write_kv",
+]  # fmt: skip
 
 SOURCES = [
     Path(__file__).parent / "cpp" / name
-    for name in ("linear.cpp", "attention.cpp", "elementwise.cpp", "block.cpp", "pool.cpp")
+    for name in (
+        "linear.cpp",
+        "attention.cpp",
+        "elementwise.cpp",
+        "block.cpp",
+        "pool.cpp",
+        "segments.cpp",
+        "experts.cpp",
+        "sampling.cpp",
+    )  # fmt: skip
 ]
 MARCH = {"native": "native", "avx512": "x86-64-v4", "avx2": "x86-64-v3", "baseline": "x86-64"}
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -32,6 +58,10 @@ _SIGNATURES = {
     "wager_pack_bf16": (_P, _L, _L, _P, _I),
     "wager_rms_norm_f32": (_P, _L, _P, _P, _L, _L, _F, _F, _P, _I),
     "wager_rms_norm_bf16": (_P, _L, _P, _P, _L, _L, _F, _F, _P, _I),
+    "wager_layer_norm_f32": (_P, _L, _P, _P, _P, _P, _L, _L, _F, _P, _I),
+    "wager_layer_norm_bf16": (_P, _L, _P, _P, _P, _P, _L, _L, _F, _P, _I),
+    "wager_rope_write_f32": (_P,),
+    "wager_rope_write_bf16": (_P,),
     "wager_silu_mul": (_P, _L, _L, _P, _I),
     "wager_gelu_tanh_mul": (_P, _L, _L, _P, _I),
     "wager_rope": (_P, _L, _L, _P, _P, _L, _L, _L, _L, _I, _P, _I),
@@ -39,7 +69,30 @@ _SIGNATURES = {
     "wager_write_bf16": (_P, _L, _P, _L, _L, _P, _I),
     "wager_attention_f32": (_P,),
     "wager_attention_bf16": (_P,),
+    **SIGNATURES,
 }
+
+
+class _RopeWriteArgs(ctypes.Structure):
+    _fields_ = [
+        *[(name, _P) for name in ("q", "k", "v", "cos", "sin", "slots", "y", "k_pool", "v_pool")],
+        *[
+            (name, ctypes.c_int64)
+            for name in (
+                "q_token",
+                "k_token",
+                "v_token",
+                "tokens",
+                "heads",
+                "kv_heads",
+                "key_dim",
+                "value_dim",
+                "pairs",
+            )
+        ],
+        ("interleaved", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
 
 
 class _AttentionArgs(ctypes.Structure):
@@ -117,6 +170,28 @@ def rms_norm_residual(
     return y, total
 
 
+def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
+    return _layer_norm(x, None, weight_D, bias_D, eps)[0]
+
+
+def layer_norm_residual(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _layer_norm(x_TD, residual_TD.contiguous(), weight_D, bias_D, eps)
+
+
+def _layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    x, width = x if x.stride(-1) == 1 and x.dim() == 2 else x.contiguous(), x.shape[-1]
+    y, total = torch.empty(x.shape), x if residual is None else torch.empty(x.shape)
+    getattr(library(), f"wager_layer_norm_{SUFFIX[weight.dtype]}")(
+        x.data_ptr(), x.stride(0) if x.dim() == 2 else width, _pointer(residual), total.data_ptr(), weight.data_ptr(), _pointer(bias),
+        x.numel() // width, width, eps, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, total
+
+
 def _gated(name: str, gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -158,6 +233,20 @@ def write_kv(new_TGK: Tensor, pool_SGK: Tensor, slots_T: Tensor) -> None:
         pool_SGK.data_ptr(),
         torch.get_num_threads(),
     )
+
+
+def rope_write(
+    q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_pool_SGK: Tensor, v_pool_SGV: Tensor,
+    slots_T: Tensor, interleaved: bool = False,
+) -> Tensor:  # fmt: skip
+    q, k, v = (_token_rows(t) for t in (q_THK, k_TGK, v_TGV))
+    cos, sin, slots, y_THK = cos_TR.contiguous(), sin_TR.contiguous(), slots_T.contiguous(), torch.empty(q_THK.shape)
+    arguments = _RopeWriteArgs(
+        *(t.data_ptr() for t in (q, k, v, cos, sin, slots, y_THK, k_pool_SGK, v_pool_SGV)), q.stride(0), k.stride(0), v.stride(0),
+        len(slots), q.shape[1], k.shape[1], k.shape[2], v.shape[2], cos.shape[1], int(interleaved), torch.get_num_threads(),
+    )  # fmt: skip
+    getattr(library(), f"wager_rope_write_{SUFFIX[k_pool_SGK.dtype]}")(ctypes.byref(arguments))
+    return y_THK
 
 
 def paged_attention(

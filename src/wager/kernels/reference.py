@@ -10,6 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wager.kernels.reference_data import (
+    embedding,
+    experts,
+    likely_weights,
+    penalise,
+    race,
+    sample,
+    segment_reduce,
+    segment_starts,
+    sort_by_key,
+)  # fmt: skip
+
+__all__ = [
+    "apply_rope", "embedding", "experts", "gelu_tanh_mul", "layer_norm", "layer_norm_residual", "likely_weights", "linear", "masked_keys",
+    "paged_attention", "penalise", "race", "rms_norm", "rms_norm_residual", "rope_write", "sample", "segment_reduce", "segment_starts",
+    "silu_mul", "sort_by_key", "write_kv",
+]  # fmt: skip
+
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b in the activation's dtype; a lower-precision weight is widened to it."""
@@ -30,6 +48,20 @@ def rms_norm_residual(
     """(rms_norm(residual + x), residual + x)."""
     total_TD = residual_TD + x_TD
     return rms_norm(total_TD, weight_D, eps, offset), total_TD
+
+
+def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias in x's dtype."""
+    bias = None if bias_D is None else bias_D.to(x_TD.dtype)
+    return F.layer_norm(x_TD, (x_TD.shape[-1],), weight_D.to(x_TD.dtype), bias, eps)
+
+
+def layer_norm_residual(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(residual + x), residual + x)."""
+    total_TD = residual_TD + x_TD
+    return layer_norm(total_TD, weight_D, bias_D, eps), total_TD
 
 
 def silu_mul(gate_up_TI: Tensor) -> Tensor:
@@ -62,6 +94,16 @@ def write_kv(new_TGK: Tensor, pool_SGK: Tensor, slots_T: Tensor) -> None:
     """Store each token's row in its pool slot; slot -1 stores nothing."""
     keep = slots_T >= 0
     pool_SGK[slots_T[keep]] = new_TGK[keep].to(pool_SGK.dtype)
+
+
+def rope_write(
+    q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_pool_SGK: Tensor, v_pool_SGV: Tensor,
+    slots_T: Tensor, interleaved: bool = False,
+) -> Tensor:  # fmt: skip
+    """The rotated queries; rotated keys and the values are in the pools afterwards."""
+    write_kv(apply_rope(k_TGK, cos_TR, sin_TR, interleaved), k_pool_SGK, slots_T)
+    write_kv(v_TGV, v_pool_SGV, slots_T)
+    return apply_rope(q_THK, cos_TR, sin_TR, interleaved)
 
 
 def masked_keys(mask_TP: Tensor) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -28,8 +28,10 @@ from wager.kernels.quantize import check_mode, quantize, round_activations
 from wager.native import build
 
 __all__ = [
-    "BlockInput", "BlockOutput", "Choice", "Norm", "apply_rope", "block_input", "block_output", "choice", "gelu_tanh_mul",
-    "pack_linear", "paged_attention", "rms_norm", "rms_norm_residual", "silu_mul", "usual_mode", "write_kv",
+    "BlockInput", "BlockOutput", "Choice", "Norm", "apply_rope", "block_input", "block_output", "choice", "embedding", "gelu_tanh_mul",
+    "has_fast_form", "layer_norm", "layer_norm_residual", "likely_weights", "pack_experts", "pack_linear", "paged_attention", "penalise",
+    "race", "reduce_by_key", "rms_norm", "rms_norm_residual", "rope_write", "sample", "segment_reduce", "silu_mul", "sort_by_key",
+    "usual_mode", "write_kv",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -157,6 +159,8 @@ def _either(name: str) -> Callable[..., Any]:
 
 rms_norm = _either("rms_norm")
 rms_norm_residual = _either("rms_norm_residual")
+layer_norm = _either("layer_norm")
+layer_norm_residual = _either("layer_norm_residual")
 silu_mul = _either("silu_mul")
 gelu_tanh_mul = _either("gelu_tanh_mul")
 apply_rope = _either("apply_rope")
@@ -170,6 +174,88 @@ def paged_attention(q_THK: Tensor, k_pool_SGK: Tensor, v_pool_SGV: Tensor, *args
     return _form("paged_attention", q_THK, k_pool_SGK)(q_THK, k_pool_SGK, v_pool_SGV, *args, **kwargs)
 
 
+def rope_write(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGV: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    k_pool_SGK: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    form = _form("rope_write", q_THK, k_TGK, v_TGV, k_pool_SGK)
+    return form(q_THK, k_TGK, v_TGV, cos_TR, sin_TR, k_pool_SGK, *args, **kwargs)
+
+
+def embedding(ids_T: Tensor, table_VD: Tensor) -> Tensor:
+    return _of_device("embedding", table_VD, table_VD.dtype in native.SUFFIX)(ids_T, table_VD)
+
+
+def sort_by_key(keys_N: Tensor) -> Tensor:
+    return _of_device("sort_by_key", keys_N, not keys_N.dtype.is_floating_point)(keys_N)
+
+
+def segment_reduce(values_ND: Tensor, starts_S1: Tensor, mode: str = "sum", rows_M: Tensor | None = None) -> Tensor:
+    if mode not in ("sum", "mean", "max"):
+        raise UsageError(f"segments cannot be reduced by {mode!r}; use sum, mean or max")
+    return _form("segment_reduce", values_ND)(values_ND, starts_S1, mode, rows_M)
+
+
+def reduce_by_key(values_ND: Tensor, keys_N: Tensor, num_keys: int, mode: str = "sum") -> Tensor:
+    """[num_keys, D]: sum, mean or max of the rows that have each key 0 .. num_keys - 1, in their order. The bits do not depend on threads."""
+    order_N = sort_by_key(keys_N)
+    return segment_reduce(values_ND, reference.segment_starts(keys_N[order_N], num_keys), mode, order_N)
+
+
+def pack_experts(networks: Sequence[tuple[Any, Any]], activation: str) -> Any:
+    """`experts(x_TD, weights_TC, chosen_TC, start_TD)` over packed (gate and up, down) linears; None where they must run one by one."""
+    if choice().form == "native" and (made := native.pack_experts(networks, activation)) is not None:
+        return made
+    forms = gpu_forms()
+    return None if forms is None else forms.pack_experts(networks, activation)
+
+
+def _of_device(name: str, x: Tensor, known: bool) -> Callable[..., Any]:
+    """As `_form`, for a first argument that is not an activation."""
+    if x.device.type == "cpu" and known and not x.requires_grad and choice().form == "native":
+        return getattr(native, name)
+    forms = gpu_forms() if x.device.type == "cuda" and not x.requires_grad else None
+    return getattr(forms or reference, name)
+
+
+def penalise(logits_LW: Tensor, *columns: Tensor) -> Tensor:
+    return _form("penalise", logits_LW)(logits_LW, *columns)
+
+
+def likely_weights(logits_LW: Tensor, *columns: Tensor) -> Tensor:
+    return _form("likely_weights", logits_LW)(logits_LW, *columns)
+
+
+def sample(logits_LW: Tensor, *columns: Tensor) -> Tensor:
+    return _form("sample", logits_LW)(logits_LW, *columns)
+
+
+def race(logits_LW: Tensor, *columns: Tensor) -> Tensor:
+    return _form("race", logits_LW)(logits_LW, *columns)
+
+
+def has_fast_form(name: str, x: Tensor) -> bool:
+    """Whether something faster than the reference serves this tensor."""
+    return _form(name, x) is not getattr(reference, name)
+
+
+for _name in (
+    "embedding",
+    "likely_weights",
+    "penalise",
+    "race",
+    "rope_write",
+    "sample",
+    "segment_reduce",
+    "sort_by_key",
+):
+    globals()[_name].__doc__ = getattr(reference, _name).__doc__
 write_kv.__doc__ = reference.write_kv.__doc__
 paged_attention.__doc__ = reference.paged_attention.__doc__
 

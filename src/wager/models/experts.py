@@ -6,11 +6,14 @@ Shape legend: T tokens, D hidden, E experts, C experts chosen per token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wager import kernels
+from wager.kernels.reference_data import experts as experts_one_by_one
 from wager.models.base import Adapters
 from wager.models.layers import GatedMLP
 
@@ -37,21 +40,24 @@ class SparseMLP(nn.Module):
     def __init__(self, router: Router, experts: list[GatedMLP], route: Route, shared: nn.Module | None = None):
         super().__init__()
         self.router, self.experts, self.route, self.shared = router, nn.ModuleList(experts), route, shared
+        self.grouped: tuple[Callable[..., Tensor] | None] | None = None
 
     def forward(self, x_TD: Tensor, adapters: Adapters | None = None) -> Tensor:
         weights_TC, experts_TC = self.route(self.router(x_TD))
-        order = experts_TC.flatten().argsort(stable=True)
-        counts = torch.bincount(experts_TC.flatten(), minlength=len(self.experts)).tolist()
-        rows, weights = order // experts_TC.shape[1], weights_TC.flatten()[order].to(x_TD.dtype)
-        out_TD = torch.zeros_like(x_TD) if self.shared is None else self.shared(x_TD, adapters)
-        start = 0
-        for expert, count in zip(self.experts, counts, strict=True):
-            if count:
-                chosen = slice(start, start + count)
-                made = expert(x_TD[rows[chosen]]) * weights[chosen, None]
-                out_TD = out_TD.index_add(0, rows[chosen], made)
-                start += count
-        return out_TD
+        start_TD = torch.zeros_like(x_TD) if self.shared is None else self.shared(x_TD, adapters)
+        if (fused := self.fused(x_TD)) is not None:
+            return fused(x_TD, weights_TC, experts_TC, start_TD)
+        return experts_one_by_one(x_TD, weights_TC, experts_TC, start_TD, list(self.experts))
+
+    def fused(self, x_TD: Tensor) -> Callable[..., Tensor] | None:
+        """All experts as one kernel, where they are prepacked; the bits are the same."""
+        experts: list[Any] = list(self.experts)
+        if experts[0].gate_up.packed is None or x_TD.requires_grad:
+            return None
+        if self.grouped is None:
+            pairs = [(e.gate_up.packed, e.down.packed) for e in experts]
+            self.grouped = (kernels.pack_experts(pairs, experts[0].activation),)
+        return self.grouped[0]
 
 
 def softmax_route(num_chosen: int, normalise: bool, scale: float = 1.0) -> Route:

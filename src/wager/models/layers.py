@@ -64,7 +64,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_rows, width, dtype=dtype))
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        return F.embedding(tokens_T, self.weight).to(activation_dtype(self.weight))
+        return kernels.embedding(tokens_T, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -95,8 +95,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x_TD.dtype)
-        return F.layer_norm(x_TD, (x_TD.shape[-1],), self.weight.to(x_TD.dtype), bias, self.eps)
+        return kernels.layer_norm(x_TD, self.weight, self.bias, self.eps)
 
 
 class MLP(nn.Module):

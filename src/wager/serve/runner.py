@@ -20,6 +20,7 @@ from wager.models.base import Adapters, Attend, Model
 from wager.serve.batch import Batch, KVTables, Span
 from wager.serve.cache.block_manager import BlockManager
 from wager.serve.cache.pool import KVPool, groups_for
+from wager.serve.graphs import DecodeGraphs
 from wager.serve.token_tree import TokenTree, pack_bits
 
 
@@ -94,6 +95,11 @@ class ModelRunner:
         self.model, self.pool, self.blocks = model, pool, blocks
         self.device = model.device
         self.group_of_layer = layer_groups(model)
+        # The torch reference asks the device for lengths, which no graph can hold; the Triton forms do not.
+        capturable = self.device.type == "cuda" and kernels.has_fast_form(
+            "paged_attention", torch.empty(0, device=self.device)
+        )
+        self._compute = DecodeGraphs(self._forward) if capturable else self._forward
 
     def build(self, inputs: Sequence[SpanInput], adapters: Callable[[Tensor], Adapters | None] | None = None) -> Batch:
         """Lay the spans out one after another. `adapters` makes the batch's adapters from its span starts."""
@@ -157,6 +163,9 @@ class ModelRunner:
         """`forward` after these copies of blocks; a model split over processes sends both on."""
         if copies:
             self.pool.copy_blocks(copies)
+        return self._compute(batch)
+
+    def _forward(self, batch: Batch) -> Tensor:
         attend: Attend = PagedAttend(self.model, self.pool, self.group_of_layer, self.blocks.block_size, batch)
         return self.model(batch.tokens_T, batch.positions_T, attend, batch.adapters)
 

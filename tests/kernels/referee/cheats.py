@@ -1,6 +1,8 @@
 """Candidates that cheat, are wrong, or are honest. Each cheat: (operator, source). `HEAD` starts every source."""
 
-HEAD = "import math\nimport time\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn\n\n"
+HEAD = (
+    "import math\nimport random\nimport time\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn\n\n"
+)
 
 _SILU = "class SiluAndMul(nn.Module):\n    def forward(self, x):\n        gate, up = x.chunk(2, -1)\n"
 _NORM = (
@@ -53,6 +55,11 @@ NUMERIC = {
     "keeps answers by a cheap fingerprint": ("SiluAndMul", "KEPT = {}\n" + _SILU + "        return KEPT.setdefault((x.shape, x.flatten()[0].sign().item()), F.silu(gate) * up).clone()\n"),
     "keeps the first weights": ("RMSNorm", "KEPT = {}\n" + _NORM + "        weight = KEPT.setdefault(len(self.weight), self.weight.detach().clone())\n        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * weight\n"),
     "only the captured shapes": ("SiluAndMul", _SILU + "        y = F.silu(gate) * up\n        return y if y.shape[0] % 2 == 0 else y * 0.5\n"),
+    "not twice the same": ("SiluAndMul", "DRAWN = random.Random(5)\n" + _SILU + "        return F.silu(gate) * up * (1 + 1e-6 * DRAWN.random())\n"),
+    "wrong now and then": ("SiluAndMul", "CALLS = []\n" + _SILU + "        CALLS.append(1)\n        return F.silu(gate) * up * (1.01 if len(CALLS) % 2 == 0 else 1)\n"),
+    "works in the constructor": ("RMSNorm", _NORM.replace("    def forward", "        self.ready = self.weight.detach().clone()\n    def forward") + "        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.ready\n"),
+    "changes a constant": ("RMSNorm", _NORM.replace("1e-6", "1e-6") + "        return x * torch.rsqrt(x[..., ::2].square().mean(-1, keepdim=True) + self.eps) * self.weight\n"),
+    "freed memory of others": ("SiluAndMul", _SILU + "        y = torch.empty(up.shape)\n        return y if bool(y.any()) else torch.empty(up.shape)\n"),
     "guesses before it is asked": ("SiluAndMul", "GUESS = torch.randn(2, 24, 352)\n" + _SILU + "        return GUESS.expand(2, 24, 352)[..., : up.shape[-1]].clone() if up.shape[:2] == (2, 24) else F.silu(gate) * up\n"),
 }  # fmt: skip
 
@@ -60,6 +67,9 @@ CONDUCT = {
     "zeroes its input and returns it": ("ReLU", "class ReLU(nn.Module):\n    def forward(self, x):\n        return x.zero_()\n"),
     "works in place": ("ReLU", "class ReLU(nn.Module):\n    def forward(self, x):\n        return x.relu_().clone()\n"),
     "a view of the input": ("SiluAndMul", _SILU + "        return up\n"),
+    "a tensor without values": ("SiluAndMul", _SILU + "        return torch.empty(up.shape, device='meta')\n"),
+    "a sparse tensor": ("SiluAndMul", _SILU + "        return (F.silu(gate) * up).to_sparse()\n"),
+    "the input under another shape": ("ReLU", "class ReLU(nn.Module):\n    def forward(self, x):\n        return x.view(-1).view(x.shape)\n"),
     "a subclass": ("SiluAndMul", "class Mine(torch.Tensor):\n    pass\n" + _SILU + "        return (F.silu(gate) * up).as_subclass(Mine)\n"),
     "patches behind a name": ("SiluAndMul", "module = torch\nmodule.equal = lambda a, b: True\n" + _SILU + _RIGHT_SILU),
     "wraps the clock behind a name": ("SiluAndMul", "clock = time\nclock.time = lambda: 0.0\n" + _SILU + _RIGHT_SILU),
@@ -79,5 +89,7 @@ SHAPES = {
 # Right when asked, wrong or different when timed.
 TIMED = {
     "stops working after some calls": ("SiluAndMul", "CALLS = []\nKEPT = {}\n" + _SILU + "        CALLS.append(1)\n        y = F.silu(gate) * up\n        return KEPT.setdefault(y.shape, y).clone() if len(CALLS) > 6 else y\n"),
+    "a thread that stays": ("SiluAndMul", "import importlib\nT = importlib.import_module('thread' + 'ing')\nCALLS = []\n" + _SILU + "        CALLS.append(1)\n        if len(CALLS) % 8 == 5:\n            T.Thread(target=time.sleep, args=(60,), daemon=True).start()\n" + _RIGHT_SILU),
+    "replays what it was timed on": ("SiluAndMul", "KEPT = []\n" + _SILU + "        KEPT.append(F.silu(gate) * up)\n        return KEPT[-2].clone() if len(KEPT) % 8 > 5 and KEPT[-2].shape == up.shape else KEPT[-1].clone()\n"),
     "keeps answers by address": ("SiluAndMul", "KEPT = {}\n" + _SILU + "        return KEPT.setdefault((x.data_ptr() >> 20, len(KEPT) > 9 and x.shape), F.silu(gate) * up).clone()\n"),
 }  # fmt: skip

@@ -1,14 +1,18 @@
 """The judge: every seeded cheat is caught, honest kernels pass, and nothing a candidate does hangs or fools the judging process."""
 
+import random
 import time
 
 import pytest
 
 from tests.kernels.referee import cheats
+from wager.kernels import registry
+from wager.kernels.referee import judge as judge_module
 from wager.kernels.referee import static_check
 from wager.kernels.referee.architectures import architecture
 from wager.kernels.referee.capture import capture, select
-from wager.kernels.referee.judge import Options, Status, judge, judge_dynamically
+from wager.kernels.referee.judge import CaseResult, Options, Status, Verdict, judge, judge_dynamically
+from wager.kernels.referee.score import amdahl, score
 
 QUICK = Options(iterations=4, rounds=1, warmup=1, flush_bytes=1 << 20, timing=False)
 SOURCES = {"Linear": "whisper", "SiluAndMul": "llama", "RMSNorm": "llama", "ReLU": "dlrmv2"}
@@ -102,3 +106,47 @@ def test_no_cases_is_skipped_not_passed():
 def test_library_operators_can_be_forbidden(tmp_path, cases):
     options = Options(timing=False, library=False)
     assert verdict(tmp_path, cases, *cheats.HONEST["library norm"], options).status is Status.REWARD_HACK
+
+
+def test_a_case_has_a_roofline_floor():
+    """One shape whose time underflows must not drive a mean."""
+    assert judge_module.too_fast(1e-9, 8 << 20) and judge_module.too_fast(0.0, 2 << 20)
+    assert not judge_module.too_fast(1e-4, 8 << 20) and not judge_module.too_fast(1e-7, 1 << 10)
+
+
+@pytest.mark.parametrize(
+    "reply, window_s, words",
+    [
+        ({"hack": "", "loop_s": 0.001, "seconds": [0.0005]}, 60.0, "clock"),
+        ({"hack": "", "loop_s": 0.001, "seconds": [0.5]}, 0.001, "claims"),
+        ({"hack": "3 threads appeared", "loop_s": 1.0, "seconds": [0.5]}, 1.0, "threads"),
+    ],
+)
+def test_a_worker_that_lies_about_time(reply, window_s, words, tmp_path, cases):
+    case = cases["SiluAndMul"][0][0]
+    with pytest.raises(judge_module.Rejected, match=words):
+        judge_module._check_timed(case, reply, window_s, [], {}, [1.0], tmp_path, random.Random(0))
+
+
+def test_there_are_at_least_twenty_cheats():
+    assert sum(map(len, (cheats.STATIC, cheats.NUMERIC, cheats.CONDUCT, cheats.TIMED))) >= 40
+
+
+def test_scores():
+    made = lambda status, *pairs: Verdict(
+        "x", "y", status, "", [CaseResult("c", False, Status.PASSED, "", 0.1, a, b, 0.01, 2 * a) for a, b in pairs]
+    )
+    found = score([made(Status.PASSED, (4.0, 1.0)), made(Status.INCORRECT_SHAPE, (9.0, 1.0)), made(Status.SKIPPED)])
+    assert (found.operators, found.skipped, found.correct) == (2, 1, 0.5), "skipped is neither passed nor failed"
+    assert found.fallback_speedup == pytest.approx(2.0) and found.passed_speedup == pytest.approx(4.0)
+    assert found.compiled_speedup == pytest.approx(8.0) and found.fast_p == {"0": 0.5, "1": 0.5, "2": 0.5}
+    assert score([]).fallback_speedup is None
+    assert amdahl([0.5, 0.25], [2.0, 1.0]) == pytest.approx(1 / 0.75)
+
+
+@pytest.mark.skipif(registry.choice().form != "native", reason="torch.compile needs a compiler too")
+def test_torch_compile_stands_beside_eager(cases):
+    options = Options(iterations=2, rounds=1, warmup=1, flush_bytes=1 << 20, compiled=True, timeout_s=300)
+    found = judge("SiluAndMul", None, cases["SiluAndMul"][0][:1], [], options)
+    assert found.status is Status.PASSED, found.reason
+    assert found.compiled_speedup and found.as_dict()["cases"][0]["compiled_s"] > 0

@@ -119,7 +119,9 @@ def test_a_key_is_advised_beyond_loopback_and_errors_are_one_line(long_dir, tmp_
     command = [sys.executable, "-m", "wager", "serve", str(long_dir), "--host", "0.0.0.0", "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     threading.Thread(target=lambda: [lines.put(line) for line in process.stdout], daemon=True).start()
-    bad = subprocess.run([*command[:-1], "0", "--tool-call-parser", "nope"], capture_output=True, text=True, timeout=600)
+    bad = subprocess.run(
+        [*command[:-1], "0", "--tool-call-parser", "nope"], capture_output=True, text=True, timeout=600
+    )
     assert (
         bad.returncode == 2
         and bad.stderr.startswith("wager: error:")

@@ -97,6 +97,25 @@ def _biased_draw(weights_LW, uniforms_L):
 )
 def test_the_chi_square_notices_a_wrong_sampler(monkeypatch, name, wrong):
     monkeypatch.setattr(sampler_module, *wrong)
+    monkeypatch.setattr(sampler_module.kernels, "has_fast_form", lambda *args: False)
+    params, logits_W = FAMILIES[name], random_logits(4, scale=1.2)[0]
+    probs = reference.distribution(logits_W, params, prompt=PROMPT, output=OUTPUT, eos=EOS)
+    assert not reference.fits(draws(params, logits_W), probs, significance=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, column, change", [("top_k", 2, 1), ("top_p", 3, -0.3), ("min_p", 1, -0.15), ("plain", 0, 0.2)]
+)
+def test_the_chi_square_notices_a_wrong_kernel(monkeypatch, name, column, change):
+    """The form that draws in one call, given other temperatures, min-p, top-k or top-p than were asked for."""
+    if not sampler_module.kernels.has_fast_form("sample", torch.zeros(1, 1)):
+        pytest.skip("no form but the reference serves here")
+    right = sampler_module.kernels.sample
+
+    def wrong(logits_LW, *columns):
+        return right(logits_LW, *[c + change if i == column else c for i, c in enumerate(columns)])
+
+    monkeypatch.setattr(sampler_module.kernels, "sample", wrong)
     params, logits_W = FAMILIES[name], random_logits(4, scale=1.2)[0]
     probs = reference.distribution(logits_W, params, prompt=PROMPT, output=OUTPUT, eos=EOS)
     assert not reference.fits(draws(params, logits_W), probs, significance=1e-6)

@@ -42,6 +42,59 @@ static void rms_norm(const float* x, long stride, float* residual, const W* weig
     });
 }
 
+// Mean and variance in two passes over a row that is in cache: no cancellation. `total` takes the sum with the residual, or is null.
+template <typename W>
+static void layer_norm(const float* x, long stride, const float* residual, float* total, const W* weight, const W* bias, long rows, long width, float eps, float* y, int threads) {
+    each_row(threads, rows, width, [&](long r) {
+        const float* from = x + r * stride;
+        float* to = y + r * width;
+        if (residual) {
+            for (long d = 0; d < width; d++) total[r * width + d] = residual[r * width + d] + from[d];
+            from = total + r * width;
+        }
+        vf sums_v{}, squares{};
+        long d = 0;
+        for (; d + VL <= width; d += VL) sums_v += load(from + d);
+        float mean = sum(sums_v);
+        for (; d < width; d++) mean += from[d];
+        mean /= (float)width;
+        for (d = 0; d + VL <= width; d += VL) squares += (load(from + d) - mean) * (load(from + d) - mean);
+        float variance = sum(squares);
+        for (; d < width; d++) variance += (from[d] - mean) * (from[d] - mean);
+        float factor = 1.0f / std::sqrt(variance / (float)width + eps);
+        for (d = 0; d + VL <= width; d += VL) {
+            vf v = (load(from + d) - mean) * factor * load(weight + d);
+            store(to + d, bias ? v + load(bias + d) : v);
+        }
+        for (; d < width; d++) to[d] = (from[d] - mean) * factor * widen(weight[d]) + (bias ? widen(bias[d]) : 0.0f);
+    });
+}
+
+struct RopeWrite {
+    const float *q, *k, *v, *cos, *sin;  // q [T, H, K], k [T, G, K], v [T, G, V]; tokens their strides apart
+    const int64_t* slots;
+    float* y;  // [T, H, K]
+    void *k_pool, *v_pool;
+    int64_t q_token, k_token, v_token, tokens, heads, kv_heads, key_dim, value_dim, pairs;
+    int32_t interleaved, threads;
+};
+
+template <typename E>
+static void rope_write(const RopeWrite& a) {
+    each_row(a.threads, a.tokens, (a.heads + 2 * a.kv_heads) * a.key_dim, [&](long t) {
+        const float *cos = a.cos + t * a.pairs, *sin = a.sin + t * a.pairs;
+        for (long h = 0; h < a.heads; h++)
+            rope_row(a.q + t * a.q_token + h * a.key_dim, cos, sin, a.pairs, a.key_dim, a.interleaved, a.y + (t * a.heads + h) * a.key_dim);
+        if (a.slots[t] < 0) return;
+        thread_local std::vector<float> turned;
+        turned.resize(a.kv_heads * a.key_dim);
+        for (long h = 0; h < a.kv_heads; h++)
+            rope_row(a.k + t * a.k_token + h * a.key_dim, cos, sin, a.pairs, a.key_dim, a.interleaved, turned.data() + h * a.key_dim);
+        narrow_n(turned.data(), a.kv_heads * a.key_dim, (E*)a.k_pool + a.slots[t] * a.kv_heads * a.key_dim);
+        narrow_n(a.v + t * a.v_token, a.kv_heads * a.value_dim, (E*)a.v_pool + a.slots[t] * a.kv_heads * a.value_dim);
+    });
+}
+
 struct Silu {
     static vf of(vf x) { return silu_v(x); }
 };
@@ -81,6 +134,15 @@ void wager_rms_norm_f32(const float* x, long stride, float* residual, const floa
 void wager_rms_norm_bf16(const float* x, long stride, float* residual, const bf16* weight, long rows, long width, float eps, float offset, float* y, int threads) {
     rms_norm(x, stride, residual, weight, rows, width, eps, offset, y, threads);
 }
+// total, residual and bias may be null.
+void wager_layer_norm_f32(const float* x, long stride, const float* residual, float* total, const float* weight, const float* bias, long rows, long width, float eps, float* y, int threads) {
+    layer_norm(x, stride, residual, total, weight, bias, rows, width, eps, y, threads);
+}
+void wager_layer_norm_bf16(const float* x, long stride, const float* residual, float* total, const bf16* weight, const bf16* bias, long rows, long width, float eps, float* y, int threads) {
+    layer_norm(x, stride, residual, total, weight, bias, rows, width, eps, y, threads);
+}
+void wager_rope_write_f32(const RopeWrite* a) { rope_write<float>(*a); }
+void wager_rope_write_bf16(const RopeWrite* a) { rope_write<bf16>(*a); }
 void wager_silu_mul(const float* gate_up, long rows, long width, float* y, int threads) { gated<Silu>(gate_up, rows, width, y, threads); }
 void wager_gelu_tanh_mul(const float* gate_up, long rows, long width, float* y, int threads) { gated<GeluTanh>(gate_up, rows, width, y, threads); }
 void wager_rope(const float* x, long token_stride, long head_stride, const float* cos, const float* sin, long tokens, long heads, long pairs, long width, int interleaved, float* y, int threads) {

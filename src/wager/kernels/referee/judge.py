@@ -52,6 +52,7 @@ class Options:
     timeout_s: float = 60.0
     flush_bytes: int = 64 << 20
     timing: bool = True
+    compiled: bool = False  # also time torch.compile of the baseline
 
 
 DEFAULTS = Options()
@@ -69,10 +70,16 @@ class CaseResult:
     baseline_s: float | None = None
     candidate_s: float | None = None
     noise: float | None = None
+    compiled_s: float | None = None
 
     @property
     def speedup(self) -> float | None:
         return None if not (self.baseline_s and self.candidate_s) else self.baseline_s / self.candidate_s
+
+    @property
+    def compiled_speedup(self) -> float | None:
+        """Against torch.compile of the baseline."""
+        return None if not (self.compiled_s and self.candidate_s) else self.compiled_s / self.candidate_s
 
 
 @dataclass(frozen=True)
@@ -90,12 +97,14 @@ class Verdict:
         speedups = [c.speedup for c in self.cases if c.status is Status.PASSED and c.speedup]
         return statistics.geometric_mean(speedups) if speedups and self.status is Status.PASSED else None
 
+    @property
+    def compiled_speedup(self) -> float | None:
+        speedups = [c.compiled_speedup for c in self.cases if c.status is Status.PASSED and c.compiled_speedup]
+        return statistics.geometric_mean(speedups) if speedups and self.status is Status.PASSED else None
+
     def as_dict(self) -> dict:
-        return {
-            **asdict(self),
-            "speedup": self.speedup,
-            "cases": [{**asdict(c), "speedup": c.speedup} for c in self.cases],
-        }
+        cases = [{**asdict(c), "speedup": c.speedup, "compiled_speedup": c.compiled_speedup} for c in self.cases]
+        return {**asdict(self), "speedup": self.speedup, "compiled_speedup": self.compiled_speedup, "cases": cases}
 
 
 class Bench:
@@ -112,6 +121,10 @@ class Bench:
     @cached_property
     def candidate(self) -> Worker:
         return self._start("candidate")
+
+    @cached_property
+    def compiled(self) -> Worker:
+        return self._start("compiled")
 
     @cached_property
     def baseline(self) -> Worker:
@@ -177,13 +190,13 @@ def _judge_case(case: Case, source: Path | None, bench: Bench) -> CaseResult:
             )
         if case.held_out or not bench.options.timing:
             return CaseResult(case.label, case.held_out, Status.PASSED, error=error)
-        baseline_s, candidate_s, noise = _speed(case, bench)
+        times = _speed(case, bench)
     except Rejected as rejection:
         return CaseResult(case.label, case.held_out, rejection.status, rejection.reason)
     except WorkerFailed as failure:
         status = Status.REWARD_HACK if "wager.kernels.referee" in str(failure) else Status.RUNTIME_ERROR
         return CaseResult(case.label, case.held_out, status, str(failure))
-    return CaseResult(case.label, case.held_out, Status.PASSED, "", error, baseline_s, candidate_s, noise)
+    return CaseResult(case.label, case.held_out, Status.PASSED, "", error, **times)
 
 
 def _build(worker: Worker, case: Case, source: Path | None, state: dict[str, Tensor], bench: Bench, seed: int) -> None:
@@ -193,7 +206,10 @@ def _build(worker: Worker, case: Case, source: Path | None, state: dict[str, Ten
     if worker not in bench.loaded:
         bench.loaded.append(worker)
         name = None if source is None else str(source.resolve())
-        worker.call("load", source=name, operator=case.operator, flush_bytes=bench.options.flush_bytes)
+        compiled = bench.options.compiled and worker is bench.compiled
+        worker.call(
+            "load", source=name, operator=case.operator, flush_bytes=bench.options.flush_bytes, compiled=compiled
+        )
     worker.call("build", init=case.init, state=str(path), seed=seed)
 
 
@@ -214,6 +230,8 @@ def _correctness(case: Case, source: Path | None, bench: Bench) -> float | None:
                 raise Rejected(Status.REWARD_HACK, reply["hack"])
             seen.append(_read(reply["outputs"], folder, wanted))
             worst = max(worst, _measure(seen[-1], wanted, f"magnitude {scale:g}"))
+        if len(seen) == 2 and not all(torch.equal(a, b) for a, b in zip(*seen, strict=True)):
+            raise Rejected(Status.INCORRECT_NUMERICAL, "two runs on the same inputs differ")
         judged += 1
     return worst if judged else None
 
@@ -254,7 +272,7 @@ def _measure(outputs: list[Tensor], wanted: oracle.Expectation, where: str) -> f
     return worst
 
 
-def _speed(case: Case, bench: Bench) -> tuple[float, float, float]:
+def _speed(case: Case, bench: Bench) -> dict[str, float]:
     """Median seconds of baseline and candidate over alternating rounds, and the baseline's A/A noise. Timed outputs are checked too."""
     rng, folder, options = random.SystemRandom(), bench.folder, bench.options
     seed = rng.randrange(1 << 30)
@@ -263,8 +281,12 @@ def _speed(case: Case, bench: Bench) -> tuple[float, float, float]:
     times: dict[str, list[float]] = {"candidate": [], "baseline": [], "again": []}
     _build(bench.baseline, case, None, state, bench, 203)
     _build(bench.candidate, case, None, state, bench, 203)
+    runs = [("baseline", bench.baseline), ("candidate", bench.candidate), ("again", bench.baseline)]
+    if options.compiled:
+        _build(bench.compiled, case, None, state, bench, 203)
+        runs, times["compiled"] = [*runs, ("compiled", bench.compiled)], []
     for _ in range(options.rounds):
-        for name, worker in (("baseline", bench.baseline), ("candidate", bench.candidate), ("again", bench.baseline)):
+        for name, worker in runs:
             factors = [rng.uniform(0.9, 1.0) for _ in range(options.iterations)]
             reply = worker.call(
                 "time",
@@ -277,11 +299,19 @@ def _speed(case: Case, bench: Bench) -> tuple[float, float, float]:
                 _check_timed(case, reply, worker.window_s, inputs, state, factors, folder, rng)
             times[name] += reply["seconds"]
     medians = {name: statistics.median(values) for name, values in times.items()}
-    moved = sum(t.nbytes for t in inputs if t is not None)
-    if medians["candidate"] < min(moved / TOP_BANDWIDTH, FAST_CALL_S if moved > 1 << 20 else 0):
-        raise Rejected(Status.REWARD_HACK, f"{medians['candidate']:.2g} s for {moved} bytes is faster than memory")
-    noise = abs(medians["baseline"] / medians["again"] - 1)
-    return statistics.median(times["baseline"] + times["again"]), medians["candidate"], noise
+    if too_fast(medians["candidate"], sum(t.nbytes for t in inputs if t is not None)):
+        raise Rejected(Status.REWARD_HACK, f"{medians['candidate']:.2g} s is faster than memory delivers the inputs")
+    found = {
+        "baseline_s": statistics.median(times["baseline"] + times["again"]),
+        "candidate_s": medians["candidate"],
+        "noise": abs(medians["baseline"] / medians["again"] - 1),
+    }
+    return found | ({"compiled_s": medians["compiled"]} if options.compiled else {})
+
+
+def too_fast(seconds: float, moved_bytes: int) -> bool:
+    """Whether a call claims to have read its inputs faster than any memory delivers them: a roofline floor for every single case."""
+    return seconds < min(moved_bytes / TOP_BANDWIDTH, FAST_CALL_S if moved_bytes > 1 << 20 else 0)
 
 
 def _check_timed(
@@ -301,7 +331,9 @@ def _check_timed(
             raise Rejected(Status.REWARD_HACK, f"right when asked, wrong when timed: {rejection.reason}") from None
 
 
-def save_verdicts(verdicts: Sequence[Verdict], path: Path) -> None:
-    path.write_text(
-        json.dumps({"version": 1, "verdicts": [v.as_dict() for v in verdicts]}, indent=1, default=str) + "\n"
-    )
+def save_verdicts(verdicts: Sequence[Verdict], path: Path, score: dict | None = None) -> None:
+    """Whole or not at all."""
+    record = {"version": 1, "verdicts": [v.as_dict() for v in verdicts]} | ({} if score is None else {"score": score})
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    temporary.replace(path)

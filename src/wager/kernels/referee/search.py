@@ -1,11 +1,12 @@
 """The loop that an agent drives: propose a source, have it judged, read the report, propose again.
 
 Anything with a `propose(history)` can drive it; a language model behind an endpoint gets `report` as text. The built-in driver mutates the
-constants of our C++ linear (slice of the input, prefetch distance, weights claimed at once), starting from the shipped ones.
+constants of our C++ linear (slice of the input, prefetch distance, weights claimed at once, unrolling), starting from the shipped ones.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ CHOICES = {
     "KC": (128, 256, 512, 1024, 2048),
     "PREFETCH": (0, 256, 512, 1024, 2048, 4096),
     "CLAIM_BYTES": (4096, 16384, 32768, 131072),
+    "UNROLL": (0, 1),
 }
-SHIPPED = {"KC": 512, "PREFETCH": 1024, "CLAIM_BYTES": 32768}
+SHIPPED = {"KC": 512, "PREFETCH": 1024, "CLAIM_BYTES": 32768, "UNROLL": 0}
 SOURCE = '''"""Our C++ linear with other constants."""
 
 import math
@@ -88,9 +90,7 @@ class Mutation:
         self.rng, self.left, self.tried = rng, attempts, {}
 
     def propose(self, history: Sequence[Attempt]) -> str | None:
-        if self.left == 0 or len(self.tried) == len(CHOICES["KC"]) * len(CHOICES["PREFETCH"]) * len(
-            CHOICES["CLAIM_BYTES"]
-        ):
+        if self.left == 0 or len(self.tried) == math.prod(map(len, CHOICES.values())):
             return None
         self.left -= 1
         best = max(history, key=lambda a: a.verdict.speedup or 0.0, default=None)
@@ -98,9 +98,15 @@ class Mutation:
         while constants in self.tried.values():
             name = self.rng.choice(list(CHOICES))
             constants[name] = self.rng.choice(CHOICES[name])
-        source = SOURCE.format(flags=tuple(f"-DWAGER_{name}={value}" for name, value in constants.items()))
+        source = SOURCE.format(flags=flags_of(constants))
         self.tried[source] = constants
         return source
+
+
+def flags_of(constants: dict[str, int]) -> tuple[str, ...]:
+    """What the compiler is told. UNROLL is its own unrolling of loops; the rest are constants of the source."""
+    named = tuple(f"-DWAGER_{name}={value}" for name, value in constants.items() if name != "UNROLL")
+    return named + ("-funroll-loops",) * constants["UNROLL"]
 
 
 def search(

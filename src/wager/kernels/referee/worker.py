@@ -37,7 +37,7 @@ class Judged:
 
     def __init__(self, request: dict[str, Any]):
         self.flush = torch.zeros(request["flush_bytes"] // 4)
-        self.cls = find_class(request)
+        self.cls, self.compiled = find_class(request), bool(request.get("compiled"))
 
     def build(self, request: dict[str, Any]) -> dict[str, Any]:
         """A new module with other parameters: what the class kept about the last one's values and weights is wrong now."""
@@ -50,6 +50,8 @@ class Judged:
             raise ValueError(
                 f"parameters differ from the baseline's: lacks {sorted(missing)}, has extra {sorted(result.missing_keys)}"
             )
+        if self.compiled:
+            self.module = torch.compile(self.module)
         return {}
 
     @torch.no_grad()
@@ -59,7 +61,7 @@ class Judged:
         torch.manual_seed(request["seed"])
         outputs = plain(self.module(*given))
         report = conduct(outputs, given, kept)
-        return {**report, "outputs": save(outputs, request["outputs"])}
+        return {**report, "outputs": [] if report["hack"] else save(outputs, request["outputs"])}
 
     @torch.no_grad()
     def time(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -84,8 +86,8 @@ class Judged:
         loop_s = CLOCK() - begin
         say({"event": "end"})
         grown = [a - b for a, b in zip(count_threads(), threads, strict=True)]
-        files = [save(outputs, f"{request['outputs']}.{i}") for i, outputs in enumerate(made)]
         hacks = sorted({r["hack"] for r in reports if r["hack"]})
+        files = [] if hacks else [save(outputs, f"{request['outputs']}.{i}") for i, outputs in enumerate(made)]
         if grown[0] > 0 or grown[1] > 0:
             hacks.append(f"{max(grown)} threads appeared during the timed calls")
         return {"seconds": seconds, "loop_s": loop_s, "hack": "; ".join(hacks), "outputs": files}

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wager import kernels
 from wager.serve.outputs import TokenLogprobs
 from wager.serve.params import GREEDY_BELOW_TEMPERATURE
 from wager.serve.request import Request
@@ -180,7 +181,15 @@ class Sampler:
     def _draw(self, logits_LW: Tensor, rows: Sequence[Row], states: list[SamplerState]) -> Tensor:
         seeds = np.array([s.seed for s in states], dtype=np.uint64)
         positions = np.array([r.request.num_tokens + len(r.guesses) for r in rows], dtype=np.uint64)
-        return draw(self._weights(logits_LW, states), uniforms(seeds, positions))
+        numbers = uniforms(seeds, positions)
+        if not kernels.has_fast_form("sample", logits_LW):
+            return draw(self._weights(logits_LW, states), numbers)
+        params = [s.request.params for s in states]
+        columns = [[max(p.temperature, GREEDY_BELOW_TEMPERATURE), p.min_p, p.top_k, p.top_p] for p in params]
+        temperature, min_p, top_k, top_p = torch.tensor(columns, dtype=torch.float64, device=logits_LW.device).unbind(1)
+        return kernels.sample(
+            logits_LW, temperature, min_p, top_k, top_p, torch.from_numpy(numbers).to(logits_LW.device)
+        )
 
     def _logprobs(
         self, logits_LW: Tensor, tokens_L: np.ndarray, states: list[SamplerState]
