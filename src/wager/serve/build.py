@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wager import kernels
 from wager.errors import CapacityError, UsageError
 from wager.models import demo
 from wager.models.base import Model
@@ -129,9 +128,8 @@ def load_served_model(name: str, config: EngineConfig, device: torch.device) -> 
     """Load and prepack a checkpoint; the shipped pair goes by its names."""
     path = str(demo.path(name)) if demo.is_demo(name) else name
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-    loaded = load_model(path, dtype=dtype, device=device)
+    loaded = load_model(path, dtype=dtype, device=device, packed=True, quantization=config.quantization)
     loaded.model.requires_grad_(False)
-    loaded.model.prepack(config.quantization or kernels.usual_mode(loaded.model.dtype, device))
     return loaded
 
 
