@@ -20,7 +20,7 @@ SOURCES = [
     Path(__file__).parent / "cpp" / name
     for name in ("linear.cpp", "attention.cpp", "elementwise.cpp", "block.cpp", "pool.cpp")
 ]
-MARCH = {"native": "native", "avx512": "x86-64-v4", "avx2": "x86-64-v3", "baseline": "x86-64"}
+MARCH = build.LEVELS
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 LINEAR_SUFFIX = {**SUFFIX, torch.float16: "f16"}
 

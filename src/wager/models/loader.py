@@ -100,7 +100,7 @@ def resolve(name: str | Path) -> Path:
             raise CheckpointError(f"{path} holds {len(files)} GGUF files; name one of them, e.g. {files[0]}")
         return files[0] if files else path
     if path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
-        raise CheckpointError(f"{name} is neither a directory, nor a .gguf file, nor a hub id of the form owner/name")
+        raise CheckpointError(f"{name} is neither a directory nor a hub id of the form owner/name, nor a .gguf file")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -220,7 +220,7 @@ def load_tensors(model: Model, checkpoint: Any, device: torch.device, packing: P
                 setattr(owner, name, made)
         if packs:
             assert isinstance(module, Linear) and packing is not None
-            _pack(module, _read(model, checkpoint, pieces_of_linear[module], module.weight.shape), model, device, packing)
+            _pack(module, _read(model, checkpoint, pieces_of_linear[module], module.weight.shape), checkpoint.path, device, packing)
         rebuild = getattr(module, "rebuild", None)
         if rebuild is not None:
             rebuild(device)
@@ -254,13 +254,14 @@ def _copy(target: Tensor, parts: list[Tensor | QuantizedWeight]) -> None:
 
 
 def _pack(
-    linear: Linear, parts: list[Tensor | QuantizedWeight], model: Model, device: torch.device, packing: Packing
+    linear: Linear, parts: list[Tensor | QuantizedWeight], path: Path, device: torch.device, packing: Packing
 ) -> None:
     codes = [part for part in parts if isinstance(part, QuantizedWeight)]
     if len(codes) == len(parts):
-        return linear.pack(packing.of_codes(codes[0] if len(codes) == 1 else stack(codes)).to(device))
-    stored = {part.dtype for part in parts}
-    dtype = stored.pop() if packing.as_stored and len(stored) == 1 else linear.weight.dtype
+        return linear.pack(packing.of_codes(codes[0] if len(codes) == 1 else stack(codes), path).to(device))
+    stored = {part.dtype for part in parts if isinstance(part, Tensor)}
+    same = packing.as_stored and not codes and len(stored) == 1
+    dtype = stored.pop() if same else linear.weight.dtype
     weight = torch.empty(linear.weight.shape, dtype=dtype, device=device)
     _copy(weight, parts)
     linear.pack(weight, packing.quantization or kernels.usual_mode(dtype, device))

@@ -30,7 +30,7 @@ def decode(kind: str, data_OB: np.ndarray) -> QuantizedWeight:
     """A weight from its rows of bytes, [O, bytes of a row]."""
     inputs_of_block, block_bytes = BLOCK_BYTES[kind]
     rows, row_bytes = data_OB.shape
-    blocks = torch.from_numpy(np.ascontiguousarray(data_OB)).view(rows, row_bytes // block_bytes, block_bytes)
+    blocks = torch.from_numpy(np.array(data_OB)).view(rows, row_bytes // block_bytes, block_bytes)
     inputs = blocks.shape[1] * inputs_of_block
     return _DECODERS[kind](blocks, inputs)
 
