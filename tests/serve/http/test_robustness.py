@@ -32,7 +32,7 @@ async def crowd(url, engine, streams, leavers):
     rng = np.random.default_rng(0)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     load, left = soak.Tally(), soak.Tally()
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=600) as client:
         questions = [await soak.alone(client, "tiny", q) for q in soak.make_questions(rng, 24, 400)]
         asked = [soak.ask(client, "tiny", soak.pick(rng, questions), load) for _ in range(streams)]
         leave = [
@@ -73,7 +73,7 @@ def test_a_full_queue_refuses_and_serves_on(tiny_dir):
         body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 60, "ignore_eos": True, "temperature": 0}
 
         async def flood():
-            async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            async with httpx.AsyncClient(base_url=url, timeout=600) as client:
                 return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(30)))
 
         answers = asyncio.run(flood())

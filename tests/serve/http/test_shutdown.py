@@ -50,7 +50,7 @@ class Reader(threading.Thread):
 
     def run(self):
         try:
-            with httpx.stream("POST", f"{self.url}/v1/completions", json=self.body, timeout=60) as response:
+            with httpx.stream("POST", f"{self.url}/v1/completions", json=self.body, timeout=600) as response:
                 for line in response.iter_lines():
                     if line == "data: [DONE]":
                         self.done = True
@@ -119,7 +119,7 @@ def test_a_key_is_advised_beyond_loopback_and_errors_are_one_line(long_dir, tmp_
     command = [sys.executable, "-m", "wager", "serve", str(long_dir), "--host", "0.0.0.0", "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     threading.Thread(target=lambda: [lines.put(line) for line in process.stdout], daemon=True).start()
-    bad = subprocess.run([*command[:-1], "0", "--tool-call-parser", "nope"], capture_output=True, text=True, timeout=60)
+    bad = subprocess.run([*command[:-1], "0", "--tool-call-parser", "nope"], capture_output=True, text=True, timeout=600)
     assert (
         bad.returncode == 2
         and bad.stderr.startswith("wager: error:")
@@ -127,7 +127,7 @@ def test_a_key_is_advised_beyond_loopback_and_errors_are_one_line(long_dir, tmp_
         and "Traceback" not in bad.stderr
     )
     try:
-        assert "http://0.0.0.0:" in lines.get(timeout=30) and "warning" in lines.get(timeout=30)
+        assert "http://0.0.0.0:" in lines.get(timeout=600) and "warning" in lines.get(timeout=600)
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

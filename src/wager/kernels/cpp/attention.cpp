@@ -12,6 +12,7 @@
 
 constexpr int KEYS = 32;      // keys of a block
 constexpr int TILE = 32;      // query rows (tokens times heads of the group) of a tile, at most; more when one token has more heads
+constexpr int DIRECT = 8;      // query rows up to which bfloat16 keys are used where they lie
 constexpr long PIECE = 1024;  // keys of a piece, a multiple of KEYS
 
 struct Args {
@@ -40,7 +41,7 @@ struct Item {
 static long rounded(long width) { return (width + VL - 1) / VL * VL; }
 
 struct Scratch {
-    std::vector<float> q, k, v, acc, top, total, rescale, scores;
+    std::vector<float> q, k, v, acc, top, total, scores;
 };
 
 static bool visible(const Args& a, int32_t span, long i, long context, long key, long position) {
@@ -64,64 +65,86 @@ static long masked_keys(const Args& a, long row, long count) {
     return 0;
 }
 
+// Where the keys and values of a block lie: a row each, in the pools or in widened copies.
 template <typename E>
-static inline const E* row_of(const Args& a, const E* pool, const int32_t* table, long slot_stride, long offset, long key) {
-    return pool + ((long)table[key / a.block_size] * a.block_size + key % a.block_size) * slot_stride + offset;
-}
+struct Rows {
+    const E *k[KEYS], *v[KEYS];
+};
 
+// Rows past `count` repeat the last one: they may be read, and their scores are thrown away.
 template <typename E>
-static void fetch_ahead(const Args& a, const E* pool, const int32_t* table, long slot_stride, long offset, long key0, int count, long width) {
+static inline void find_rows(const Args& a, const Item& item, long key0, int count, Rows<E>& rows) {
+    const int32_t* table = a.tables + item.span * a.table_width;
+    const E *k = (const E*)a.k_pool + item.kv_head * a.k_head, *v = (const E*)a.v_pool + item.kv_head * a.v_head;
+    int32_t page = (int32_t)key0 / (int32_t)a.block_size, inside = (int32_t)key0 % (int32_t)a.block_size;
     for (int j = 0; j < count; j++) {
-        const char* row = (const char*)row_of(a, pool, table, slot_stride, offset, key0 + j);
-        for (long byte = 0; byte < width * (long)sizeof(E); byte += 64) __builtin_prefetch(row + byte);
+        long slot = (long)table[page] * a.block_size + inside;
+        rows.k[j] = k + slot * a.k_slot, rows.v[j] = v + slot * a.v_slot;
+        if (++inside == a.block_size) inside = 0, page++;
     }
+    for (int j = count; j < KEYS; j++) rows.k[j] = rows.k[count - 1], rows.v[j] = rows.v[count - 1];
 }
 
 template <typename E>
-static void gather(const Args& a, const E* pool, const int32_t* table, long slot_stride, long offset, long key0, int count, long width, long padded, float* to) {
+static inline void fetch_ahead(const E* const* rows, int count, long width) {
+    for (int j = 0; j < count; j++)
+        for (long byte = 0; byte < width * (long)sizeof(E); byte += 64) __builtin_prefetch((const char*)rows[j] + byte);
+}
+
+template <typename E>
+static void widen_rows(const E* const* rows, int count, long width, long padded, float* to) {
     for (int j = 0; j < count; j++) {
-        const E* row = row_of(a, pool, table, slot_stride, offset, key0 + j);
         long d = 0;
-        for (; d + VL <= width; d += VL) store(to + j * padded + d, load(row + d));
-        for (; d < width; d++) to[j * padded + d] = widen(row[d]);
+        for (; d + VL <= width; d += VL) store(to + j * padded + d, load(rows[j] + d));
+        for (; d < width; d++) to[j * padded + d] = widen(rows[j][d]);
     }
 }
 
-// Scores of one query with a block of keys; VL keys advance together, one accumulator each.
-static inline void scores_of(const float* q, const float* keys, int count, long padded, float scale, float softcap, float* out) {
-    for (int j = 0; j < KEYS && j < count; j += VL) {
-        vf products[VL] = {};
-        const float* k = keys + j * padded;
-        for (long d = 0; d < padded; d += VL) {
-            vf x = load(q + d);
-            for (int i = 0; i < VL; i++) products[i] += x * load(k + i * padded + d);
+// Scores of ROWS queries with TOGETHER keys, UNIT apart, as lanes of `partial`: what is left to add is between different UNITs.
+template <int ROWS, int TOGETHER, typename E>
+static inline void score_tile(const float* q, long padded, const E* const* keys, vf* partial) {
+    constexpr int UNIT = VL / TOGETHER;
+    vf products[ROWS][TOGETHER] = {};
+    for (long d = 0; d < padded; d += VL)
+        for (int i = 0; i < TOGETHER; i++) {
+            vf x = load(keys[i * UNIT] + d);
+            for (int r = 0; r < ROWS; r++) products[r][i] += x * load(q + r * padded + d);
         }
-        store(out + j, sums(products) * scale);
-    }
-    if (softcap > 0)
-        for (int j = 0; j < count; j++) out[j] = softcap * std::tanh(out[j] / softcap);
+    for (int r = 0; r < ROWS; r++) partial[r * UNIT] = sums<UNIT, UNIT>(products[r]);
 }
 
-// acc = acc * rescale + p * values over `count` keys for ROWS queries at once; their sums stay in registers, by slices of the value width.
-template <int ROWS>
-static inline void add_values(const float* p, const float* values, int count, long padded, float* acc, const float* rescale) {
-    constexpr int SLICE = 4;
-    for (long d0 = 0; d0 < padded; d0 += SLICE * VL) {
-        int n = (int)std::min<long>(SLICE, (padded - d0) / VL);
-        vf sums[ROWS][SLICE];
-        for (int r = 0; r < ROWS; r++)
-            for (int i = 0; i < n; i++) sums[r][i] = load(acc + r * padded + d0 + i * VL) * rescale[r];
-        auto add = [&](int width) __attribute__((always_inline)) {
-            for (int j = 0; j < count; j++)
-                for (int i = 0; i < width; i++) {
-                    vf value = load(values + j * padded + d0 + i * VL);
-                    for (int r = 0; r < ROWS; r++) sums[r][i] += value * p[r * KEYS + j];
-                }
-        };
-        n == SLICE ? add(SLICE) : add(n);
-        for (int r = 0; r < ROWS; r++)
-            for (int i = 0; i < n; i++) store(acc + r * padded + d0 + i * VL, sums[r][i]);
+// Scores of ROWS queries with a block of keys. Every score is one chain over the width per lane, then one tree over the lanes.
+template <int ROWS, typename E>
+static inline void scores_of(const float* q, long padded, const E* const* keys, int count, float scale, float* out) {
+    constexpr int TOGETHER = ROWS == 1 && VL > 4 ? 8 : ROWS > 3 && VL < 16 ? 2 : 4, UNIT = VL / TOGETHER;
+    for (int j = 0; j < count; j += VL) {
+        vf partial[ROWS * UNIT];
+        for (int u = 0; u < UNIT; u++) score_tile<ROWS, TOGETHER>(q, padded, keys + j + u, partial + u);
+        for (int r = 0; r < ROWS; r++) store(out + r * KEYS + j, join<UNIT>(partial + r * UNIT) * scale);
     }
+}
+
+// acc = acc * rescale + p * values over `count` keys for ROWS queries and WIDTH vectors of the value; the sums stay in registers.
+template <int ROWS, int WIDTH, typename E>
+static inline void add_slice(const float* p, const E* const* values, int count, long d, long padded, float* acc, const float* rescale) {
+    vf sums[ROWS][WIDTH];
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < WIDTH; i++) sums[r][i] = load(acc + r * padded + d + i * VL) * rescale[r];
+    for (int j = 0; j < count; j++)
+        for (int i = 0; i < WIDTH; i++) {
+            vf value = load(values[j] + d + i * VL);
+            for (int r = 0; r < ROWS; r++) sums[r][i] += value * p[r * KEYS + j];
+        }
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < WIDTH; i++) store(acc + r * padded + d + i * VL, sums[r][i]);
+}
+
+template <int ROWS, typename E>
+static inline void add_values(const float* p, const E* const* values, int count, long padded, float* acc, const float* rescale) {
+    constexpr int WIDTH = VL < 16 && ROWS > 3 ? 2 : 4;  // so that the sums fit into the registers
+    long d = 0;
+    for (; d + WIDTH * VL <= padded; d += WIDTH * VL) add_slice<ROWS, WIDTH>(p, values, count, d, padded, acc, rescale);
+    for (; d < padded; d += VL) add_slice<ROWS, 1>(p, values, count, d, padded, acc, rescale);
 }
 
 // One over the softmax's denominator, for sums taken relative to `top`.
@@ -130,56 +153,91 @@ static float inverse_total(const Args& a, long head, float top, float total) {
     return 1.0f / (a.sinks ? total + std::exp(a.sinks[head] - top) : total);
 }
 
+// The softmax of ROWS queries takes in a block: `scores` become its weights, `rescale` what earlier sums must be multiplied with.
+static inline void weigh(float* scores, float& top, float& total, float& rescale) {
+    vf most = load(scores);
+    for (int j = VL; j < KEYS; j += VL) most = vmax(most, load(scores + j));
+    float highest_yet = std::max(top, highest(most));
+    rescale = top == highest_yet ? 1.0f : top == -INFINITY ? 0.0f : std::exp(top - highest_yet);
+    vf added{};
+    for (int j = 0; j < KEYS; j += VL) {
+        vf e = exp_v(load(scores + j) - highest_yet);
+        store(scores + j, e);
+        added += e;
+    }
+    total = total * rescale + sum(added);
+    top = highest_yet;
+}
+
+// ROWS query heads of one token, whose running softmax is in row r of the scratch, take in a block of `count` keys and values.
+template <int ROWS, typename E>
+static inline void take_in(const Args& a, Scratch& s, const Rows<E>& rows, int count, const bool* shown, long r, long kp, long vp) {
+    float *scores = s.scores.data(), rescale[ROWS];
+    scores_of<ROWS>(s.q.data() + r * kp, kp, rows.k, count, a.scale, scores);
+    for (int i = 0; i < ROWS; i++) {
+        float* p = scores + i * KEYS;
+        if (a.softcap > 0)
+            for (int j = 0; j < count; j++) p[j] = a.softcap * std::tanh(p[j] / a.softcap);
+        for (int j = shown ? 0 : count; j < KEYS; j++)
+            if (j >= count || !shown[j]) p[j] = -INFINITY;
+        weigh(p, s.top[r + i], s.total[r + i], rescale[i]);
+    }
+    add_values<ROWS>(scores, rows.v, count, vp, s.acc.data() + r * vp, rescale);
+}
+
+// All queries of an item take in a block. A query that sees none of its keys is left as it is.
 template <typename E>
-static void run(const Args& a, const Item& item, Scratch& s, float* partial) {
-    long group = a.heads / a.kv_heads, rows = item.count * group;
+static void take_in_block(const Args& a, const Item& item, Scratch& s, const Rows<E>& rows, long key, int count, long kp, long vp) {
+    long group = a.heads / a.kv_heads, context = a.contexts[item.span], row0 = a.starts[item.span];
+    for (long i = 0; i < item.count; i++) {
+        long token = item.first + i, position = a.positions[row0 + token], r = i * group;
+        bool shown[KEYS], all = key + count <= context && (!a.window || key > position - a.window), any = all;
+        if (!all)
+            for (int j = 0; j < count; j++) any |= shown[j] = visible(a, item.span, token, context, key + j, position);
+        if (!any) continue;
+        const bool* which = all ? nullptr : shown;
+        long h = 0;
+        for (; h + 4 <= group; h += 4) take_in<4>(a, s, rows, count, which, r + h, kp, vp);
+        if (h + 3 == group) take_in<3>(a, s, rows, count, which, r + h, kp, vp);
+        if (h + 2 == group) take_in<2>(a, s, rows, count, which, r + h, kp, vp);
+        if (h + 1 == group) take_in<1>(a, s, rows, count, which, r + h, kp, vp);
+    }
+}
+
+// `next`: the item after this one on the same thread, or null; its first keys are fetched while the last ones here are used.
+template <typename E>
+static void run(const Args& a, const Item& item, const Item* next, Scratch& s, float* partial) {
+    long group = a.heads / a.kv_heads, n = item.count * group;
     long kp = rounded(a.key_dim), vp = rounded(a.value_dim);
-    long row0 = a.starts[item.span], context = a.contexts[item.span];
-    const int32_t* table = a.tables + item.span * a.table_width;
-    s.q.assign(rows * kp, 0.0f), s.acc.assign(rows * vp, 0.0f), s.k.assign(KEYS * kp, 0.0f), s.v.assign(KEYS * vp, 0.0f);
-    s.top.assign(rows, -INFINITY), s.total.assign(rows, 0.0f), s.scores.resize(group * KEYS), s.rescale.resize(group);
+    long row0 = a.starts[item.span];
+    // Widened copies pay when many queries share them, or when a row has no whole number of vectors.
+    bool copies = kp != a.key_dim || vp != a.value_dim || (sizeof(E) < 4 && n > DIRECT);
+    s.q.assign(n * kp, 0.0f), s.acc.assign(n * vp, 0.0f), s.top.assign(n, -INFINITY), s.total.assign(n, 0.0f), s.scores.resize(4 * KEYS);
+    if (copies) s.k.assign(KEYS * kp, 0.0f), s.v.assign(KEYS * vp, 0.0f);
     for (long i = 0; i < item.count; i++)
         for (long h = 0; h < group; h++)
             std::copy_n(a.q + (row0 + item.first + i) * a.q_token + (item.kv_head * group + h) * a.key_dim, a.key_dim, s.q.data() + (i * group + h) * kp);
+    Rows<E> rows, ahead;
+    Rows<float> copied;
+    for (int j = 0; j < KEYS; j++) copied.k[j] = s.k.data() + j * kp, copied.v[j] = s.v.data() + j * vp;
+    find_rows(a, item, item.key0, (int)std::min<long>(KEYS, item.key1 - item.key0), ahead);
     for (long key = item.key0; key < item.key1; key += KEYS) {
         int count = (int)std::min<long>(KEYS, item.key1 - key);
-        if (key + KEYS < item.key1) {
-            int next = (int)std::min<long>(KEYS, item.key1 - key - KEYS);
-            fetch_ahead<E>(a, (const E*)a.k_pool, table, a.k_slot, item.kv_head * a.k_head, key + KEYS, next, a.key_dim);
-            fetch_ahead<E>(a, (const E*)a.v_pool, table, a.v_slot, item.kv_head * a.v_head, key + KEYS, next, a.value_dim);
+        rows = ahead;
+        const Item* coming = key + KEYS < item.key1 ? &item : next;
+        if (coming) {
+            long from = coming == &item ? key + KEYS : next->key0;
+            int some = (int)std::min<long>(KEYS, coming->key1 - from);
+            find_rows(a, *coming, from, some, ahead);
+            fetch_ahead(ahead.k, some, a.key_dim);
+            fetch_ahead(ahead.v, some, a.value_dim);
         }
-        gather<E>(a, (const E*)a.k_pool, table, a.k_slot, item.kv_head * a.k_head, key, count, a.key_dim, kp, s.k.data());
-        gather<E>(a, (const E*)a.v_pool, table, a.v_slot, item.kv_head * a.v_head, key, count, a.value_dim, vp, s.v.data());
-        for (long i = 0; i < item.count; i++) {
-            long token = item.first + i, position = a.positions[row0 + token];
-            bool shown[KEYS];
-            bool all = key + count <= context && (!a.window || key > position - a.window), any = all;
-            if (!all)
-                for (int j = 0; j < count; j++) any |= shown[j] = visible(a, item.span, token, context, key + j, position);
-            if (!any) continue;
-            for (long h = 0; h < group; h++) {
-                long r = i * group + h;
-                float* p = s.scores.data() + h * KEYS;
-                scores_of(s.q.data() + r * kp, s.k.data(), count, kp, a.scale, a.softcap, p);
-                for (int j = 0; j < KEYS; j++)
-                    if (j >= count || (!all && !shown[j])) p[j] = -INFINITY;
-                vf most = load(p);
-                for (int j = VL; j < KEYS; j += VL) most = vmax(most, load(p + j));
-                float top = std::max(s.top[r], highest(most));
-                s.rescale[h] = s.top[r] == -INFINITY ? 0.0f : std::exp(s.top[r] - top);
-                vf total{};
-                for (int j = 0; j < KEYS; j += VL) {
-                    vf e = exp_v(load(p + j) - top);
-                    store(p + j, e);
-                    total += e;
-                }
-                s.total[r] = s.total[r] * s.rescale[h] + sum(total);
-                s.top[r] = top;
-            }
-            float* acc = s.acc.data() + i * group * vp;
-            long h = 0;
-            for (; h + 3 <= group; h += 3) add_values<3>(s.scores.data() + h * KEYS, s.v.data(), count, vp, acc + h * vp, &s.rescale[h]);
-            for (; h < group; h++) add_values<1>(s.scores.data() + h * KEYS, s.v.data(), count, vp, acc + h * vp, &s.rescale[h]);
+        if (copies) {
+            widen_rows(rows.k, count, a.key_dim, kp, s.k.data());
+            widen_rows(rows.v, count, a.value_dim, vp, s.v.data());
+            take_in_block(a, item, s, copied, key, count, kp, vp);
+        } else {
+            take_in_block(a, item, s, rows, key, count, kp, vp);
         }
     }
     for (long i = 0; i < item.count; i++)
@@ -258,7 +316,8 @@ static void attention(const Args& a) {
     long n = (long)items.size(), claim = std::max<long>(1, std::min<long>(a.kv_heads, n / (threads * 8)));
     each(threads, (n + claim - 1) / claim, [&](long c) {
         thread_local Scratch scratch;
-        for (long i = c * claim; i < std::min(n, (c + 1) * claim); i++) run<E>(a, items[i], scratch, partial.data());
+        long end = std::min(n, (c + 1) * claim);
+        for (long i = c * claim; i < end; i++) run<E>(a, items[i], i + 1 < end ? &items[i + 1] : nullptr, scratch, partial.data());
     });
     each(threads, (long)tiles.size(), [&](long i) { combine(a, &items[tiles[i].first], tiles[i].second, partial.data()); });
 }

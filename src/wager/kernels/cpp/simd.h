@@ -23,7 +23,12 @@ typedef uint16_t vh __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 typedef uint16_t bf16;  // the upper half of a float's bits
 
 static inline vf load(const float* p) { return *(const vf*)p; }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// GCC widens half a vector at a time.
+static inline vf load(const bf16* p) { return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16); }
+#else
 static inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const vh*)p, vu) << 16); }
+#endif
 static inline vf load_half(const uint16_t* p) {
 #if defined(__AVX512F__)
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -85,11 +90,17 @@ using Lanes = std::make_integer_sequence<int, VL>;
 template <int STEP>
 static inline vf fold(vf a, vf b) { return halves<STEP, 0>(a, b, Lanes{}) + halves<STEP, 1>(a, b, Lanes{}); }
 
-// Lane l of the result is the sum over the lanes of v[l]. A tree of pairs, the same for every l.
-template <int STEP = 1>
+// Lane l of the result is the sum over the lanes of v[l]. A tree of pairs, the same for every l. With a UNIT, v holds every UNIT-th vector
+// of VL, UNIT * l belongs to v[l], and the last levels of the tree, between neighbours, are left to `join`.
+template <int STEP = 1, int UNIT = 1>
 static inline vf sums(const vf* v) {
-    if constexpr (STEP == VL / 2) return fold<STEP>(v[0], v[STEP]);
-    else return fold<STEP>(sums<STEP * 2>(v), sums<STEP * 2>(v + STEP));
+    if constexpr (STEP == VL / 2) return fold<STEP>(v[0], v[STEP / UNIT]);
+    else return fold<STEP>(sums<STEP * 2, UNIT>(v), sums<STEP * 2, UNIT>(v + STEP / UNIT));
+}
+template <int UNIT, int STEP = 1>
+static inline vf join(const vf* partial) {
+    if constexpr (STEP == UNIT) return partial[0];
+    else return fold<STEP>(join<UNIT, STEP * 2>(partial), join<UNIT, STEP * 2>(partial + STEP));
 }
 
 template <int STEP = VL / 2>
