@@ -11,7 +11,9 @@ import numpy as np
 BYTE_TOKENS = 256
 
 
-def llama_config(hidden: int, layers: int, heads: int, kv_heads: int, width: int, vocab: int, **more: Any) -> dict[str, Any]:
+def llama_config(
+    hidden: int, layers: int, heads: int, kv_heads: int, width: int, vocab: int, **more: Any
+) -> dict[str, Any]:
     """The fields of config.json that a file needs."""
     return {
         "arch": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -61,7 +63,9 @@ def random_blocks(kind: str, rows: int, inputs: int, rng: np.random.Generator, s
     return blocks.reshape(rows, -1)
 
 
-def write(path: Path, config: dict[str, Any], kind: str, seed: int = 0, std: float = 0.02, kinds: dict[str, str] | None = None) -> Path:
+def write(
+    path: Path, config: dict[str, Any], kind: str, seed: int = 0, std: float = 0.02, kinds: dict[str, str] | None = None
+) -> Path:
     """A file whose matrices are of `kind`; `kinds` says otherwise for tensors whose name ends so."""
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize

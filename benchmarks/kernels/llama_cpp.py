@@ -72,7 +72,10 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     repeats, tokens = chosen.repeats or (2 if chosen.quick else 5), 16 if chosen.quick else 48
     rows, facts = [], {"threads": chosen.threads, "tokens": tokens}
-    with tempfile.TemporaryDirectory() as folder, Worker([chosen.llama_python, str(Path(__file__).parent / "llama_worker.py")]) as peer:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Worker([chosen.llama_python, str(Path(__file__).parent / "llama_worker.py")]) as peer,
+    ):
         facts["logits.difference"] = logit_difference(peer, Path(folder), chosen.threads)
         for size, config in list(MODELS.items())[: 1 if chosen.quick else None]:
             for kind, quantization in KINDS.items():

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import worker  # noqa: E402
+import worker
 
 held: dict = {}
 
@@ -15,7 +15,9 @@ held: dict = {}
 def load(path: str, threads: int, logits_all: bool = False) -> bool:
     from llama_cpp import Llama
 
-    held[path] = Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, logits_all=logits_all, verbose=False)
+    held[path] = Llama(
+        path, n_ctx=512, n_threads=threads, n_threads_batch=threads, logits_all=logits_all, verbose=False
+    )
     return True
 
 

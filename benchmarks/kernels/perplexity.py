@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2/")
     chosen = parser.parse_args()
     text = (chosen.data / "wikitext2" / "test_first_half.txt").read_text(encoding="utf-8")
-    ids = Tokenizer.load(demo.path("demo")).encode(text[: 40_000 if chosen.quick else 200_000], add_special_tokens=False)
+    ids = Tokenizer.load(demo.path("demo")).encode(
+        text[: 40_000 if chosen.quick else 200_000], add_special_tokens=False
+    )
     tokens = torch.tensor(ids)[: len(ids) // WINDOW_TOKENS * WINDOW_TOKENS]
     exact = perplexity(None, tokens)
     table, facts = [["mode", "perplexity", "change", "bar"]], {"tokens": len(tokens), "float32": exact}

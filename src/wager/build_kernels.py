@@ -8,7 +8,9 @@ processors have: a build for `native` also uses the integer and bfloat16 dot pro
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -33,8 +35,8 @@ def _group() -> None: ...
 
 @app.command("build-kernels")
 def build_kernels(
-    isa: str = typer.Option("native", help="native, avx512, avx2 or baseline"),
-    out: Path | None = typer.Option(None, help="a directory for WAGER_PREBUILT; default: the cache"),
+    isa: Annotated[str, typer.Option(help="native, avx512, avx2 or baseline")] = "native",
+    out: Annotated[Path | None, typer.Option(help="a directory for WAGER_PREBUILT; default: the cache")] = None,
 ) -> None:
     """Compile every C++ unit now, for this machine or a named instruction set."""
     from wager.doctor import print_table
@@ -47,9 +49,13 @@ def build_kernels(
     print_table(["unit", "time", "library"], rows)
 
 
-def compile_units(isa: str, out: Path | None):
+def compile_units(isa: str, out: Path | None) -> Iterator[tuple[str, float, Path]]:
     """Yield (unit, when it was begun, its library)."""
     for name, files in UNITS.items():
         sources, start = [ROOT / file for file in files], time.perf_counter()
-        made = build.build(name, sources, march=build.LEVELS[isa]) if out is None else build.prebuild(name, sources, isa, out)
+        made = (
+            build.build(name, sources, march=build.LEVELS[isa])
+            if out is None
+            else build.prebuild(name, sources, isa, out)
+        )
         yield name, start, made

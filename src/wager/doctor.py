@@ -154,7 +154,9 @@ def check_kernels() -> list[Finding]:
         chosen = choice()
     except BuildError as error:
         return [Finding("kernels", "native is forced but cannot be built", str(error))]
-    found = [Finding(f"kernel: {name}", f"{chosen.form} ({chosen.reason}): {what}") for name, what in CPU_OPERATORS.items()]
+    found = [
+        Finding(f"kernel: {name}", f"{chosen.form} ({chosen.reason}): {what}") for name, what in CPU_OPERATORS.items()
+    ]
     if chosen.form == "native":
         found.append(Finding("kernel: dot products", dot_products()))
     return found
@@ -170,7 +172,13 @@ def dot_products() -> str:
         integer = "vpdpbusd" if "avx512_vnni" in flags else "vpmaddwd"
         pairs = "vdpbf16ps" if "avx512_bf16" in flags else "bfloat16 widened to float32"
     else:
-        integer = "vpmaddwd" if wide else "vpmaddubsw" if level in ("native", "x86-64-v3") and "avx2" in flags else "plain C++"
+        integer = (
+            "vpmaddwd"
+            if wide
+            else "vpmaddubsw"
+            if level in ("native", "x86-64-v3") and "avx2" in flags
+            else "plain C++"
+        )
         pairs = "bfloat16 widened to float32"
     tiles = "; this processor has AMX, for which no form is built: AVX-512 serves" if "amx_tile" in flags else ""
     return f"int8 by {integer}, {pairs}{tiles}"

@@ -46,7 +46,11 @@ def test_a_library_made_ahead_serves_without_a_compiler(source, tmp_path, monkey
 def test_the_widest_level_that_runs_here_is_chosen(source, tmp_path, monkeypatch):
     made = {level: build.prebuild("answer", [source], level, tmp_path) for level in ("baseline", "avx2", "avx512")}
     monkeypatch.setenv("WAGER_PREBUILT", str(tmp_path))
-    for flags, want in (("sse2", "baseline"), ("avx2 fma bmi2 f16c", "avx2"), (" ".join(set().union(*build.NEEDS.values())), "avx512")):
+    for flags, want in (
+        ("sse2", "baseline"),
+        ("avx2 fma bmi2 f16c", "avx2"),
+        (" ".join(set().union(*build.NEEDS.values())), "avx512"),
+    ):
         monkeypatch.setattr(build, "cpu_flags", lambda flags=flags: flags)
         assert build.build("answer", [source]) == made[want]
 

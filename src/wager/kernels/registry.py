@@ -82,9 +82,7 @@ def _use_native(*tensors: Tensor) -> bool:
 class ReferenceLinear:
     """A weight as the checkpoint has it; on a CPU widened once to the activations' float32. Quantized weights are kept as codes."""
 
-    def __init__(
-        self, weight_OI: Tensor | QuantizedWeight, bias_O: Tensor | None, quantization: str | None = None
-    ):
+    def __init__(self, weight_OI: Tensor | QuantizedWeight, bias_O: Tensor | None, quantization: str | None = None):
         self.weight: Tensor | QuantizedWeight
         if isinstance(weight_OI, QuantizedWeight):
             self.weight, self.bias = weight_OI, bias_O

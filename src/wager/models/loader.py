@@ -54,7 +54,9 @@ def load_model(
     path = resolve(name)
     raw, generation, checkpoint = open_checkpoint(path)
     with checkpoint:
-        asked = dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else checkpoint_dtype({"dtype": dtype})
+        asked = (
+            dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else checkpoint_dtype({"dtype": dtype})
+        )
         target = asked or checkpoint_dtype(raw)
         with torch.device("meta"):
             model = family_of(raw).from_checkpoint(raw, target)
@@ -220,7 +222,13 @@ def load_tensors(model: Model, checkpoint: Any, device: torch.device, packing: P
                 setattr(owner, name, made)
         if packs:
             assert isinstance(module, Linear) and packing is not None
-            _pack(module, _read(model, checkpoint, pieces_of_linear[module], module.weight.shape), checkpoint.path, device, packing)
+            _pack(
+                module,
+                _read(model, checkpoint, pieces_of_linear[module], module.weight.shape),
+                checkpoint.path,
+                device,
+                packing,
+            )
         rebuild = getattr(module, "rebuild", None)
         if rebuild is not None:
             rebuild(device)

@@ -19,7 +19,12 @@ from pathlib import Path
 
 from wager.errors import BuildError
 
-LEVELS = {"native": "native", "avx512": "x86-64-v4", "avx2": "x86-64-v3", "baseline": "x86-64"}  # name to the compiler's -march
+LEVELS = {
+    "native": "native",
+    "avx512": "x86-64-v4",
+    "avx2": "x86-64-v3",
+    "baseline": "x86-64",
+}  # name to the compiler's -march
 NEEDS = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}, "avx2": {"avx2", "fma", "bmi2", "f16c"}}
 BASE_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-fopenmp")
 

@@ -144,7 +144,10 @@ def test_k_quants_serve_with_one_line_about_their_rounding(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="wager.models.formats.gguf"):
         got = logits(path, dtype="float32", packed=True)
     assert (got - want).abs().max() < 0.02 * want.abs().max()
-    assert [("Q4_K" in r.message, "Q6_K" in r.message) for r in caplog.records] in ([(True, False), (False, True)], [(True, False), (True, True)])
+    assert [("Q4_K" in r.message, "Q6_K" in r.message) for r in caplog.records] in (
+        [(True, False), (False, True)],
+        [(True, False), (True, True)],
+    )
 
 
 def test_quantised_files_stay_quantised(tmp_path):
@@ -154,7 +157,9 @@ def test_quantised_files_stay_quantised(tmp_path):
         path = gguf_file.write(tmp_path / f"{kind}.gguf", config, kind)
         model = load_model(path, packed=True).model
         sizes[kind] = sum(m.packed.weight.nbytes for m in model.modules() if getattr(m, "packed", None) is not None)
-    assert sizes["Q8_0"] == pytest.approx(sizes["F16"] * 8.5 / 16) and sizes["Q4_0"] == pytest.approx(sizes["F16"] * 4.5 / 16)
+    assert sizes["Q8_0"] == pytest.approx(sizes["F16"] * 8.5 / 16) and sizes["Q4_0"] == pytest.approx(
+        sizes["F16"] * 4.5 / 16
+    )
 
 
 def test_int8_activations_on_the_files_own_codes(tmp_path):
@@ -239,7 +244,28 @@ def sentence_piece_oracle(text, tokens, scores):
 
 
 def test_sentence_piece_tokenizer_joins_by_score(tmp_path):
-    words = ["▁", "h", "e", "l", "o", "w", "r", "d", "he", "ll", "hell", "hello", "▁hello", "lo", "▁w", "or", "▁wor", "ld", "▁world", "llo"]
+    words = [
+        "▁",
+        "h",
+        "e",
+        "l",
+        "o",
+        "w",
+        "r",
+        "d",
+        "he",
+        "ll",
+        "hell",
+        "hello",
+        "▁hello",
+        "lo",
+        "▁w",
+        "or",
+        "▁wor",
+        "ld",
+        "▁world",
+        "llo",
+    ]
     tokens = ["<unk>", "<s>", "</s>", *[f"<0x{b:02X}>" for b in range(256)], *words]
     rng = np.random.default_rng(0)
     for _ in range(6):
@@ -251,7 +277,9 @@ def test_sentence_piece_tokenizer_joins_by_score(tmp_path):
         backend, config, generation = gguf_tokenizer.read_tokenizer(path)
         usable = {t: s for t, s in zip(tokens[259:], scores[259:], strict=True)}
         for text in ("hello world", "hell hollow world", "held 世 low"):
-            want = sentence_piece_oracle(text, tokens, [usable.get(t, -1e9) if i >= 259 else -1e9 for i, t in enumerate(tokens)])
+            want = sentence_piece_oracle(
+                text, tokens, [usable.get(t, -1e9) if i >= 259 else -1e9 for i, t in enumerate(tokens)]
+            )
             assert backend.encode(text).ids == [1, *want], (text, backend.encode(text).tokens)
             assert backend.decode(want) == text
     assert config["bos_token"] == "<s>" and generation == {"eos_token_id": [2]}

@@ -113,7 +113,9 @@ def test_answers_as_the_float_weights_it_stands_for(case, tmp_path, caplog):
     assert not caplog.records, "exact formats are not rounded"
 
 
-@pytest.mark.parametrize("case", [{"bits": 8, "symmetric": False}, {"group": 16}, {"act_order": True, "same_order": False}])
+@pytest.mark.parametrize(
+    "case", [{"bits": 8, "symmetric": False}, {"group": 16}, {"act_order": True, "same_order": False}]
+)
 def test_what_must_be_rounded_anew_is_near_and_said_once(case, tmp_path, caplog):
     packed, twin = build(tmp_path, **case)
     want = logits(twin)
@@ -126,7 +128,9 @@ def test_what_must_be_rounded_anew_is_near_and_said_once(case, tmp_path, caplog)
 def test_four_bits_stay_four_bits(tmp_path):
     packed, _ = build(tmp_path)
     model = load_model(packed, packed=True).model
-    modes = {m.packed.mode for name, m in model.named_modules() if getattr(m, "packed", None) is not None and name != "head"}
+    modes = {
+        m.packed.mode for name, m in model.named_modules() if getattr(m, "packed", None) is not None and name != "head"
+    }
     assert modes == {"q4"}
     assert (logits(packed, packed=True, quantization="w4a8") - logits(packed, packed=True)).abs().max() > 0
     with pytest.raises(UsageError, match="quantized already"):

@@ -214,4 +214,6 @@ class GGUFCheckpoint:
         """The tokens that end a generation."""
         keys = ("eos_token_id", "eot_token_id", "eom_token_id")
         ids = [self.field(f"tokenizer.ggml.{key}") for key in keys]
-        return {"eos_token_id": sorted({int(i) for i in ids if i is not None})} if any(i is not None for i in ids) else {}
+        return (
+            {"eos_token_id": sorted({int(i) for i in ids if i is not None})} if any(i is not None for i in ids) else {}
+        )

@@ -37,10 +37,16 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], di
         )
     types = file.field("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     backend = (_byte_level if kind == "gpt2" else _sentence_piece)(file, tokens, types)
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, y in zip(tokens, types, strict=True) if y == CONTROL])
-    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t, y in zip(tokens, types, strict=True) if y == USER])
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t, y in zip(tokens, types, strict=True) if y == CONTROL]
+    )
+    backend.add_tokens(
+        [AddedToken(t, special=False, normalized=False) for t, y in zip(tokens, types, strict=True) if y == USER]
+    )
     named = {name: file.field(f"tokenizer.ggml.{key}_token_id") for name, key in _NAMED.items()}
-    config: dict[str, Any] = {name: tokens[int(i)] for name, i in named.items() if i is not None and 0 <= int(i) < len(tokens)}
+    config: dict[str, Any] = {
+        name: tokens[int(i)] for name, i in named.items() if i is not None and 0 <= int(i) < len(tokens)
+    }
     template = file.field("tokenizer.chat_template")
     if template:
         config["chat_template"] = template

@@ -23,7 +23,15 @@ from wager.kernels.quantize import GROUP, QuantizedWeight, to_q8
 log = logging.getLogger(__name__)
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # where output 8 j + AWQ_ORDER[i] stands: nibble i of word j
-MODELS = ("Llama", "Mistral", "Qwen", "Phi3", "Gemma", "Olmo2", "Mixtral")  # families whose linears are stored as [output, input]
+MODELS = (
+    "Llama",
+    "Mistral",
+    "Qwen",
+    "Phi3",
+    "Gemma",
+    "Olmo2",
+    "Mixtral",
+)  # families whose linears are stored as [output, input]
 
 
 def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
@@ -39,7 +47,9 @@ class PackedCheckpoint:
     def __init__(self, path: Path, raw: dict[str, Any], open_plain: Callable[[], Any]):
         self.path, settings = path, raw["quantization_config"]
         if not isinstance(settings, dict):
-            raise CheckpointError(f"{path / 'config.json'} has quantization_config {settings!r}, which is no JSON object")
+            raise CheckpointError(
+                f"{path / 'config.json'} has quantization_config {settings!r}, which is no JSON object"
+            )
         self.method = settings.get("quant_method")
         self.bits, self.group = settings.get("bits"), settings.get("group_size", 128)
         self._check(settings, raw)
