@@ -45,6 +45,11 @@ COMMANDS = {
     "doctor": Mount(
         "wager.doctor:app:doctor", "Say what this installation has, lacks, and why it is as fast as it is.", LOOK
     ),
+    "build-kernels": Mount(
+        "wager.build_kernels:app:build-kernels",
+        "Compile every C++ unit now, for this machine or a named instruction set.",
+        LOOK,
+    ),
     "hardware": Mount(
         "wager.hardware.measure:app:hardware", "Measure this machine: memory bandwidth, matrix peaks, the ridge.", LOOK
     ),

@@ -138,17 +138,64 @@ def check_browser() -> Finding:
     return Finding("browser", found or "none", "" if found else "only for the chat page's tests: install chromium")
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (
-    check_wager, check_python, check_torch, check_gpu, check_processor, check_memory, check_compiler, check_cache,
+CPU_OPERATORS = {
+    "linear": "float32, bfloat16, float16 weights; int8, int4, nf4 and the codes of GGUF, GPTQ, AWQ",
+    "attention": "paged, float32 and bfloat16 pools",
+    "norm, rotation, gates, KV write": "float32 activations",
+}
+
+
+def check_kernels() -> list[Finding]:
+    """For every group of operators the form that serves CPU tensors, and why; the way of its dot products for linears."""
+    from wager.errors import BuildError
+    from wager.kernels.registry import choice
+
+    try:
+        chosen = choice()
+    except BuildError as error:
+        return [Finding("kernels", "native is forced but cannot be built", str(error))]
+    found = [
+        Finding(f"kernel: {name}", f"{chosen.form} ({chosen.reason}): {what}") for name, what in CPU_OPERATORS.items()
+    ]
+    if chosen.form == "native":
+        found.append(Finding("kernel: dot products", dot_products()))
+    return found
+
+
+def dot_products() -> str:
+    """How linears multiply here."""
+    from wager.kernels.native import march
+
+    flags, level = processor()[0], march()
+    wide = level in ("native", "x86-64-v4") and "avx512bw" in flags
+    if wide and level == "native":
+        integer = "vpdpbusd" if "avx512_vnni" in flags else "vpmaddwd"
+        pairs = "vdpbf16ps" if "avx512_bf16" in flags else "bfloat16 widened to float32"
+    else:
+        integer = (
+            "vpmaddwd"
+            if wide
+            else "vpmaddubsw"
+            if level in ("native", "x86-64-v3") and "avx2" in flags
+            else "plain C++"
+        )
+        pairs = "bfloat16 widened to float32"
+    tiles = "; this processor has AMX, for which no form is built: AVX-512 serves" if "amx_tile" in flags else ""
+    return f"int8 by {integer}, {pairs}{tiles}"
+
+
+CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
+    check_wager, check_python, check_torch, check_gpu, check_processor, check_memory, check_compiler, check_kernels, check_cache,
     check_grammars, check_plots, check_browser,
 )  # fmt: skip
 
 
-def examine(checks: tuple[Callable[[], Finding], ...] = CHECKS) -> list[Finding]:
+def examine(checks: tuple[Callable[[], Finding | list[Finding]], ...] = CHECKS) -> list[Finding]:
     """Run every check; the examination stops at a fatal finding, since what follows needs it."""
-    findings = []
+    findings: list[Finding] = []
     for check in checks:
-        findings.append(check())
+        found = check()
+        findings += found if isinstance(found, list) else [found]
         if findings[-1].fatal:
             break
     return findings

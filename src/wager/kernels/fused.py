@@ -57,7 +57,7 @@ class Norm:
 
 
 def _plain(linear: Any) -> bool:
-    return isinstance(linear, NativeLinear) and not linear.padding
+    return isinstance(linear, NativeLinear) and not linear.padding and linear.order is None
 
 
 class BlockInput:

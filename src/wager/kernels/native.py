@@ -46,8 +46,9 @@ SOURCES = [
         "sampling.cpp",
     )  # fmt: skip
 ]
-MARCH = {"native": "native", "avx512": "x86-64-v4", "avx2": "x86-64-v3", "baseline": "x86-64"}
+MARCH = build.LEVELS
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+LINEAR_SUFFIX = {**SUFFIX, torch.float16: "f16"}
 
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {

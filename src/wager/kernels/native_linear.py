@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wager.errors import UsageError
-from wager.kernels.quantize import QuantizedWeight, quantize, step_of
+from wager.kernels.quantize import GROUP, QuantizedWeight, quantize, step_of
 from wager.native.memory import huge_zeros
 
 PANEL, SLACK = 16, 3
-FORMAT = {"f32": 0, "bf16": 1, "int8": 2, "w16a16": 3, "w8a8": 4, "int4": 5, "nf4": 5, "w4a8": 6}
+FORMAT = {
+    "f32": 0, "bf16": 1, "int8": 2, "w16a16": 3, "w8a8": 4, "nf4": 5, "w4a8": 6, "q4a8": 6, "int4": 7, "q4": 7, "q8": 8, "q8a8": 9,
+    "q4z": 10, "q4za8": 11, "f16": 12,
+}  # fmt: skip
 GATE = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -34,29 +37,29 @@ class NativeLinear:
     """A weight packed in panels of 16 output rows, and its bias."""
 
     def __init__(
-        self, weight_OI: Tensor, bias_O: Tensor | None, quantization: str | None = None, flags: tuple[str, ...] = ()
+        self,
+        weight_OI: Tensor | QuantizedWeight,
+        bias_O: Tensor | None,
+        quantization: str | None = None,
+        flags: tuple[str, ...] = (),
     ):
-        from wager.kernels.native import SUFFIX, library
+        from wager.kernels.native import LINEAR_SUFFIX, library
 
         lib, (self.outputs, self.inputs) = library(flags), weight_OI.shape
-        self.mode = quantization or SUFFIX[weight_OI.dtype]
-        self.padding = -self.inputs % step_of(quantization) if quantization else 0
-        self.scales = self.table = None
-        panels = -(-self.outputs // PANEL) + SLACK
-        if quantization is None:
-            weight = weight_OI.contiguous()
-            self.weight = huge_zeros(panels * PANEL * self.inputs * weight.element_size())
-            pack = getattr(lib, f"wager_pack_{self.mode}")
-            pack(weight.data_ptr(), self.outputs, self.inputs, self.weight.data_ptr(), torch.get_num_threads())
+        self.scales = self.table = self.order = None
+        if isinstance(weight_OI, Tensor) and quantization is not None:
+            weight_OI = quantize(weight_OI, quantization)
+        if isinstance(weight_OI, Tensor):
+            self.mode, self.padding = LINEAR_SUFFIX[weight_OI.dtype], 0
+            self.weight = _packed_floats(weight_OI.contiguous(), lib)
         else:
-            quantized = quantize(weight_OI, quantization)
-            packed = pack_codes(quantized)
-            self.weight = huge_zeros(packed.nbytes)
-            self.weight.copy_(packed.view(-1))
-            if quantized.table is not None:
-                self.table = torch.tensor(quantized.table)
-            elif quantized.scales is not None:
-                self.scales = pad_outputs(quantized.scales)
+            self.mode, self.order = weight_OI.mode, weight_OI.order
+            self.padding = -self.inputs % step_of(self.mode)
+            self.weight = pack_codes(weight_OI)
+            if self.mode == "nf4":
+                self.table = torch.tensor(weight_OI.table)
+            elif weight_OI.scales is not None and weight_OI.scales.dim() == 1:
+                self.scales = pad_outputs(weight_OI.scales)
         self.bias = pad_outputs(torch.zeros(self.outputs) if bias_O is None else bias_O.float())
         self._function = lib.wager_linear
 
@@ -96,6 +99,8 @@ class NativeLinear:
             raise UsageError(
                 f"this linear takes rows of {self.inputs} values, got a tensor of shape {tuple(x_TI.shape)}"
             )
+        if self.order is not None:
+            x_TI = x_TI[:, self.order]
         x = F.pad(x_TI, (0, self.padding)) if self.padding else x_TI.contiguous()
         residual = None if residual_TO is None else residual_TO.contiguous()
         y_TO = torch.empty(x.shape[0], outputs)
@@ -104,28 +109,56 @@ class NativeLinear:
         return y_TO
 
 
+def _packed_floats(weight_OI: Tensor, lib: ctypes.CDLL) -> Tensor:
+    outputs, inputs = weight_OI.shape
+    packed = huge_zeros((-(-outputs // PANEL) + SLACK) * PANEL * inputs * weight_OI.element_size())
+    pack = lib.wager_pack_f32 if weight_OI.dtype == torch.float32 else lib.wager_pack_bf16  # any sixteen bits
+    pack(weight_OI.data_ptr(), outputs, inputs, packed.data_ptr(), torch.get_num_threads())
+    return packed
+
+
 def pack_codes(weight: QuantizedWeight) -> Tensor:
-    """Bytes [P, ...] in the layout of cpp/formats.h, panels past the last output zero."""
-    codes = pad_outputs(weight.codes_ON)
-    panels_P16N = codes.unflatten(0, (-1, PANEL))
+    """Bytes in the layout of cpp/formats.h, panels past the last output zero. Packed some panels at a time: little memory beyond the result."""
+    outputs = weight.codes_ON.shape[0]
+    panels, at_once = -(-outputs // PANEL) + SLACK, 32
+    first = _pack_rows(weight.rows(slice(0, PANEL)))
+    packed = huge_zeros(panels * first.nbytes)
+    start = 0
+    for row in range(0, outputs, at_once * PANEL):
+        part = _pack_rows(weight.rows(slice(row, row + at_once * PANEL))).reshape(-1)
+        packed[start : start + len(part)] = part
+        start += len(part)
+    return packed
+
+
+def _pack_rows(weight: QuantizedWeight) -> Tensor:
+    """Whole panels of the rows, [P, bytes]."""
+    panels_P16N = _whole_panels(weight.codes_ON).unflatten(0, (-1, PANEL))
     if weight.mode == "int8":
-        return panels_P16N.transpose(1, 2).contiguous().view(torch.uint8)
+        return panels_P16N.transpose(1, 2).contiguous().view(torch.uint8).flatten(1)
     if weight.mode == "w16a16":
-        return panels_P16N.unflatten(2, (-1, 2)).transpose(1, 2).contiguous().view(torch.uint8)
+        return panels_P16N.unflatten(2, (-1, 2)).transpose(1, 2).contiguous().view(torch.uint8).flatten(1)
     if weight.mode == "w8a8":
-        unsigned = panels_P16N.view(torch.uint8) ^ 0x80  # two's complement plus 128
-        return unsigned.unflatten(2, (-1, 4)).transpose(1, 2).contiguous()
-    return _pack_four_bits(panels_P16N, weight)
+        return _words(panels_P16N).flatten(1)
+    heads = [_whole_panels(t) for t in (weight.scales, weight.zeros) if t is not None]
+    heads = [t.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous().half().view(torch.uint8) for t in heads]
+    if weight.mode in ("q8", "q8a8"):
+        words = _words(panels_P16N).unflatten(1, (-1, GROUP // 4)).flatten(2)  # [P, B, 8 * 16 * 4]
+    else:
+        nibbles = panels_P16N.unflatten(2, (-1, 4, 2, 4))  # [P, 16, B, word, low or high, byte]
+        bytes_ = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
+        words = bytes_.permute(0, 2, 3, 1, 4).flatten(2)  # [P, B, 4 * 16 * 4]
+    return torch.cat((*heads, words), dim=2).flatten(1)
 
 
-def _pack_four_bits(panels_P16N: Tensor, weight: QuantizedWeight) -> Tensor:
-    """Per group of 32: 16 bfloat16 scales, then four words of eight nibbles for each output."""
-    assert weight.scales is not None
-    nibbles = panels_P16N.unflatten(2, (-1, 4, 2, 4))  # [P, 16, B, word, low or high, byte]
-    bytes_ = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
-    words = bytes_.permute(0, 2, 3, 1, 4).flatten(2)  # [P, B, 4 * 16 * 4]
-    scales = pad_outputs(weight.scales).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous().bfloat16()
-    return torch.cat((scales.view(torch.uint8), words), dim=2)
+def _words(panels_P16N: Tensor) -> Tensor:
+    """[P, N / 4, 16, 4] unsigned bytes: two's complement plus 128."""
+    return (panels_P16N.view(torch.uint8) ^ 0x80).unflatten(2, (-1, 4)).transpose(1, 2)
+
+
+def _whole_panels(rows: Tensor) -> Tensor:
+    missing = -rows.shape[0] % PANEL
+    return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
 
 
 def pad_outputs(rows: Tensor) -> Tensor:

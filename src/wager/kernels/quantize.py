@@ -9,6 +9,19 @@
 | w4a8   | as int4                                        | int8, scale per 32 inputs| 4.5             |
 | w16a16 | bfloat16                                       | bfloat16                 | 16              |
 
+Files bring codes of their own (GGUF, GPTQ, AWQ), which are kept. They stand for scale * code, or scale * (code - zero point):
+
+| mode   | weights                                                       | activations               | bits per weight |
+|--------|---------------------------------------------------------------|---------------------------|-----------------|
+| q8     | int8, a scale per 32 inputs                                   | float32                   | 8.5             |
+| q8a8   | as q8                                                         | int8, scale per 32 inputs | 8.5             |
+| q4     | as int4                                                       | float32                   | 4.5             |
+| q4a8   | as w4a8                                                       | int8, scale per 32 inputs | 4.5             |
+| q4z    | 16 evenly spaced values, a scale and a zero point per 32      | float32                   | 5               |
+| q4za8  | as q4z                                                        | int8, scale per 32 inputs | 5               |
+
+Scales and zero points of groups are float16 numbers.
+
 All are approximate: they change logits. Weight-only modes lose what rounding the weights loses; the others round activations too, row by
 row, so that a row still does not depend on its batch. Sums are kept in float32 (integer products exactly, in int32).
 
@@ -18,21 +31,25 @@ Shape legend: T tokens, O outputs, I inputs, N inputs padded to whole groups, B 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wager.errors import UsageError
 
 GROUP = 32  # inputs that share a scale in the four-bit modes
-ACTIVATION_GROUP = {"w8a8": 64, "w4a8": 32}
+ACTIVATION_GROUP = {"w8a8": 64, "w4a8": 32, "q8a8": 32, "q4a8": 32, "q4za8": 32}
+FILE_MODES = {"q8": "q8a8", "q4": "q4a8", "q4z": "q4za8"}  # and what they become with int8 activations
 MODES = ("int8", "int4", "nf4", "w8a8", "w4a8", "w16a16")
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+FOUR_BITS = ("int4", "nf4", "w4a8", "q4", "q4a8", "q4z", "q4za8")
 INT4 = tuple(float(i) for i in range(-8, 8))
 SCALE_TRIALS = (1.08, 1.0, 0.93, 0.86, 0.79)  # clipping the largest weight a little often lowers the error of the rest
 ROWS_AT_ONCE = 512
@@ -42,32 +59,74 @@ ROWS_AT_ONCE = 512
 class QuantizedWeight:
     """A weight [O, inputs] in codes.
 
-    codes_ON: int8 values (int8, w8a8), table numbers 0 .. 15 as uint8 (int4, nf4, w4a8) or bfloat16 (w16a16).
-    scales: [O] (int8, w8a8), [O, B] (four-bit modes), None (w16a16), always float32 with values that bfloat16 holds in four-bit modes.
+    codes_ON: int8 values (int8, w8a8, q8), table numbers 0 .. 15 as uint8 (four-bit modes) or bfloat16 (w16a16).
+    scales: [O] (int8, w8a8), [O, B] (grouped modes), None (w16a16), always float32 with values that float16 holds in grouped modes.
+    zeros: [O, B] zero points less 8, so that a value is scale * (number - 8 - zero), float32 with values that float16 holds; None where there
+        are none.
+    order: [inputs] where each column's input stands in x; None: in order. Columns sorted by group make groups contiguous.
     """
 
     mode: str
     codes_ON: Tensor
     scales: Tensor | None
     inputs: int
+    zeros: Tensor | None = None
+    order: Tensor | None = None
+
+    def __post_init__(self):
+        for name, values in (("scales", self.scales), ("zero points", self.zeros)):
+            if values is not None and not bool(torch.isfinite(values).all()):
+                raise UsageError(
+                    f"a weight has {name} that are not finite and cannot be quantized; load it without quantization"
+                )
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.codes_ON.shape[0], self.inputs))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes_ON.device
+
+    def rows(self, index: slice | Tensor) -> QuantizedWeight:
+        """Some of the outputs, in the order of `index`."""
+        pick = lambda t: None if t is None else t[index]
+        return replace(self, codes_ON=self.codes_ON[index], scales=pick(self.scales), zeros=pick(self.zeros))
+
+    def __getitem__(self, index: slice | Tensor) -> QuantizedWeight:
+        return self.rows(index)
 
     @property
     def nbytes(self) -> int:
-        return self.codes_ON.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return sum(t.nbytes for t in (self.codes_ON, self.scales, self.zeros) if t is not None)
 
     @property
     def table(self) -> tuple[float, ...] | None:
-        return {"int4": INT4, "w4a8": INT4, "nf4": NF4}.get(self.mode)
+        return NF4 if self.mode == "nf4" else INT4 if self.mode in FOUR_BITS else None
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        move = lambda t: None if t is None else t.to(device)
+        moved = {name: move(getattr(self, name)) for name in ("scales", "zeros", "order")}
+        return replace(self, codes_ON=self.codes_ON.to(device), **moved)
 
     def dequantized(self) -> Tensor:
-        """The weight that the codes stand for, float32 [O, inputs]."""
+        """The weight that the codes stand for, float32 [O, inputs], inputs in the order of x."""
+        values = self._columns()
+        if self.order is None:
+            return values
+        return torch.empty_like(values).index_copy_(1, self.order, values)
+
+    def _columns(self) -> Tensor:
         if self.scales is None:
             return self.codes_ON[:, : self.inputs].float()
-        if self.table is None:
+        if self.scales.dim() == 1:
             return (self.codes_ON.float() * self.scales[:, None])[:, : self.inputs]
-        values = torch.tensor(self.table, device=self.codes_ON.device)[self.codes_ON.long()]
-        scaled = values.unflatten(1, (-1, GROUP)) * self.scales[:, :, None]
-        return scaled.flatten(1)[:, : self.inputs]
+        table = None if self.table is None else torch.tensor(self.table, device=self.codes_ON.device)
+        values = self.codes_ON.float() if table is None else table[self.codes_ON.int()]
+        values = values.unflatten(1, (-1, GROUP))
+        if self.zeros is not None:
+            values = values - self.zeros[:, :, None]
+        return (values * self.scales[:, :, None]).flatten(1)[:, : self.inputs]
 
 
 def check_mode(mode: str) -> None:
@@ -86,15 +145,62 @@ def quantize(weight_OI: Tensor, mode: str) -> QuantizedWeight:
     parts = [_quantize_rows(rows.float(), mode) for rows in weight_OI.split(ROWS_AT_ONCE)]
     codes = torch.cat([codes for codes, _ in parts])
     scales = None if mode == "w16a16" else torch.cat([s for _, s in parts if s is not None])
-    if scales is not None and not bool(torch.isfinite(scales).all()):
-        raise UsageError(
-            "a weight has values that are not finite and cannot be quantized; load it without quantization"
-        )
     return QuantizedWeight(mode, codes, scales, weight_OI.shape[1])
 
 
+def to_q8(weight_OI: Tensor) -> QuantizedWeight:
+    """The nearest q8 weight: a group's largest magnitude becomes 127. An error of at most half a step, 1/254 of that magnitude."""
+    codes, scales = [], []
+    for rows in weight_OI.split(ROWS_AT_ONCE):
+        groups = F.pad(rows.float(), (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+        scale = (groups.abs().amax(-1) / 127).half().float()
+        rounded = torch.round(groups / torch.where(scale == 0, 1.0, scale)[..., None]).clamp(-128, 127)
+        codes.append(rounded.to(torch.int8).flatten(1))
+        scales.append(scale)
+    return QuantizedWeight("q8", torch.cat(codes), torch.cat(scales), weight_OI.shape[1])
+
+
+def widen(weight: QuantizedWeight) -> QuantizedWeight:
+    """A q4 weight as q8, the same values exactly; q8 as it is. So that linears of different modes can be stacked."""
+    if weight.mode == "q8":
+        return weight
+    if weight.mode != "q4":
+        return replace(to_q8(weight._columns()), order=weight.order)
+    return replace(weight, mode="q8", codes_ON=(weight.codes_ON.to(torch.int8) - 8))
+
+
+def with_zeros(weight: QuantizedWeight) -> QuantizedWeight:
+    """A q4 weight as q4z, the same values; q4z as it is."""
+    assert weight.scales is not None
+    return weight if weight.mode == "q4z" else replace(weight, mode="q4z", zeros=torch.zeros_like(weight.scales))
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
+
+
+def _in_order(weight: QuantizedWeight) -> QuantizedWeight:
+    return weight if weight.order is None and weight.mode == "q8" else to_q8(weight.dequantized())
+
+
+def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Outputs of several weights over the same inputs, in the widest mode among them."""
+    modes, first = {w.mode for w in weights}, weights[0]
+    same_order = all(w.order is first.order or _equal(w.order, first.order) for w in weights)
+    if len(modes) > 1 or not same_order:
+        change = with_zeros if modes <= {"q4", "q4z"} and same_order else widen if same_order else _in_order
+        weights = [change(w) for w in weights]
+    join = lambda parts: torch.cat(parts) if parts[0] is not None else None
+    return replace(
+        weights[0],
+        codes_ON=torch.cat([w.codes_ON for w in weights]),
+        scales=join([w.scales for w in weights]),
+        zeros=join([w.zeros for w in weights]),
+    )
+
+
 def _quantize_rows(weight_OI: Tensor, mode: str) -> tuple[Tensor, Tensor | None]:
-    weight_ON = torch.nn.functional.pad(weight_OI, (0, -weight_OI.shape[1] % step_of(mode)))
+    weight_ON = F.pad(weight_OI, (0, -weight_OI.shape[1] % step_of(mode)))
     if mode == "w16a16":
         return weight_ON.bfloat16(), None
     if mode in ("int8", "w8a8"):
@@ -111,9 +217,9 @@ def _four_bit_rows(weight_ON: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     extreme = groups.gather(-1, index)[..., 0]
     full = extreme.abs() if mode == "nf4" else -extreme / 8
     best_error = torch.full_like(full, torch.inf)
-    codes, scales = torch.zeros_like(groups, dtype=torch.uint8), full.bfloat16().float()
+    codes, scales = torch.zeros_like(groups, dtype=torch.uint8), full.half().float()
     for trial in SCALE_TRIALS:
-        scale = (full * trial).bfloat16().float()
+        scale = (full * trial).half().float()
         tried = _nearest(groups / torch.where(scale == 0, 1.0, scale)[..., None], mode)
         values = torch.tensor(NF4 if mode == "nf4" else INT4, device=groups.device)[tried.long()]
         error = (values * scale[..., None] - groups).square().sum(-1)
@@ -137,7 +243,7 @@ def round_activations(x_TI: Tensor, mode: str) -> Tensor:
     if mode not in ACTIVATION_GROUP:
         return x_TI.float()
     group = ACTIVATION_GROUP[mode]
-    padded = torch.nn.functional.pad(x_TI.float(), (0, -x_TI.shape[1] % group)).unflatten(1, (-1, group))
+    padded = F.pad(x_TI.float(), (0, -x_TI.shape[1] % group)).unflatten(1, (-1, group))
     top = padded.abs().amax(-1, keepdim=True)
     inverse = torch.where(
         top > 1e-30, torch.full_like(top, 127) / top, 0

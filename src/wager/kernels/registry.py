@@ -24,7 +24,7 @@ from wager.errors import BuildError, UsageError
 from wager.kernels import native, reference
 from wager.kernels.fused import BlockInput, BlockOutput, Norm, block_input, block_output
 from wager.kernels.native_linear import NativeLinear
-from wager.kernels.quantize import check_mode, quantize, round_activations
+from wager.kernels.quantize import QuantizedWeight, check_mode, quantize, round_activations
 from wager.native import build
 
 __all__ = [
@@ -84,7 +84,11 @@ def _use_native(*tensors: Tensor) -> bool:
 class ReferenceLinear:
     """A weight as the checkpoint has it; on a CPU widened once to the activations' float32. Quantized weights are kept as codes."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, quantization: str | None = None):
+    def __init__(self, weight_OI: Tensor | QuantizedWeight, bias_O: Tensor | None, quantization: str | None = None):
+        self.weight: Tensor | QuantizedWeight
+        if isinstance(weight_OI, QuantizedWeight):
+            self.weight, self.bias = weight_OI, bias_O
+            return
         dtype = torch.float32 if weight_OI.device.type == "cpu" else weight_OI.dtype
         self.bias = None if bias_O is None else bias_O.to(dtype)
         self.weight = weight_OI.to(dtype) if quantization is None else quantize(weight_OI, quantization)
@@ -97,7 +101,8 @@ class ReferenceLinear:
         if isinstance(self.weight, Tensor):
             return reference.linear(x_TI, self.weight, self.bias)
         x = round_activations(x_TI, self.weight.mode).to(x_TI.dtype)
-        return reference.linear(x, self.weight.dequantized(), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return reference.linear(x, self.weight.dequantized().to(x.dtype), bias)
 
     def add(self, x_TI: Tensor, residual_TO: Tensor) -> Tensor:
         """residual + linear(x)."""
@@ -108,14 +113,21 @@ class ReferenceLinear:
         return (reference.silu_mul if activation == "silu" else reference.gelu_tanh_mul)(self(x_TI))
 
 
-def pack_linear(weight_OI: Tensor, bias_O: Tensor | None = None, quantization: str | None = None) -> Any:
-    """A linear layer `x_TI -> y_TO` over a weight laid out for this machine; `quantization` is one of `quantize.MODES`.
+def pack_linear(
+    weight_OI: Tensor | QuantizedWeight, bias_O: Tensor | None = None, quantization: str | None = None
+) -> Any:
+    """A linear layer `x_TI -> y_TO` over a weight laid out for this machine; `quantization` is one of `quantize.MODES`, None for a weight
+    that is in codes already.
 
     Beside calling it, `add(x, residual)` and `gated(x, activation)` fuse what usually follows. Raises UsageError for an unknown mode.
     """
     if quantization is not None:
         check_mode(quantization)
-    if weight_OI.device.type == "cpu" and weight_OI.dtype in native.SUFFIX and choice().form == "native":
+    if isinstance(weight_OI, QuantizedWeight):
+        return (NativeLinear if weight_OI.device.type == "cpu" and choice().form == "native" else ReferenceLinear)(
+            weight_OI, bias_O
+        )
+    if weight_OI.device.type == "cpu" and weight_OI.dtype in native.LINEAR_SUFFIX and choice().form == "native":
         return NativeLinear(weight_OI, bias_O, quantization)
     if weight_OI.device.type == "cuda" and (forms := gpu_forms()) is not None:
         return forms.TritonLinear(weight_OI, bias_O, quantization)

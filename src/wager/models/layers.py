@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wager import kernels
 from wager.errors import CheckpointError
+from wager.kernels.quantize import QuantizedWeight
 from wager.models.base import Adapters
 
 
@@ -48,9 +49,14 @@ class Linear(nn.Module):
         return y_TO
 
     def prepack(self, quantization: str | None = None) -> None:
-        """Hand the weight to the kernels and drop our copy: at most one tensor exists twice."""
-        weight, bias = self.weight.data, None if self.bias is None else self.bias.data
-        self.packed = kernels.pack_linear(weight, bias, quantization)
+        """Hand the weight to the kernels and drop our copy: at most one tensor exists twice. Nothing to do when that has happened."""
+        if self.packed is None:
+            self.pack(self.weight.data, quantization)
+
+    def pack(self, weight_OI: Tensor | QuantizedWeight, quantization: str | None = None) -> None:
+        """Take a weight for the kernels, in place of our own parameter."""
+        bias = None if self.bias is None else self.bias.data
+        self.packed = kernels.pack_linear(weight_OI, bias, quantization)
         del self.weight
         self.register_parameter("weight", None)
 

@@ -19,6 +19,13 @@ from pathlib import Path
 
 from wager.errors import BuildError
 
+LEVELS = {
+    "native": "native",
+    "avx512": "x86-64-v4",
+    "avx2": "x86-64-v3",
+    "baseline": "x86-64",
+}  # name to the compiler's -march
+NEEDS = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}, "avx2": {"avx2", "fma", "bmi2", "f16c"}}
 BASE_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-fopenmp")
 
 
@@ -35,7 +42,10 @@ def load(name: str, sources: Sequence[Path], flags: Sequence[str] = (), march: s
 
 
 def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), march: str = "native") -> Path:
-    """The library's path; compiles when it is not in the cache."""
+    """The library's path: one from `prebuild` where WAGER_PREBUILT names its directory, else the cache's, compiled when it is not there."""
+    ready = _prebuilt(name, sources, flags, march)
+    if ready is not None:
+        return ready
     compiler = find_compiler()
     command = [*BASE_FLAGS, f"-march={march}", *flags]
     library = cache_dir() / f"{name}-{_fingerprint(compiler, sources, command)}.so"
@@ -46,6 +56,41 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), march: 
         if not library.exists():
             _compile(compiler, command, sources, library)
     return library
+
+
+def prebuild(name: str, sources: Sequence[Path], level: str, directory: Path) -> Path:
+    """Compile for a level of LEVELS into a directory that WAGER_PREBUILT can name, also on machines without a compiler."""
+    command = [*BASE_FLAGS, f"-march={LEVELS[level]}"]
+    library = directory / f"{name}-{level}-{_ahead_key(sources, command, level)}.so"
+    directory.mkdir(parents=True, exist_ok=True)
+    if not library.exists():
+        _compile(find_compiler(), command, sources, library)
+    return library
+
+
+def runs_here(level: str) -> bool:
+    """Whether this processor has the instructions of a level."""
+    return NEEDS.get(level, set()) <= set(cpu_flags().split())
+
+
+def _prebuilt(name: str, sources: Sequence[Path], flags: Sequence[str], march: str) -> Path | None:
+    """The widest library of WAGER_PREBUILT that is made of these very sources and runs here."""
+    root = os.environ.get("WAGER_PREBUILT")
+    if not root:
+        return None
+    for level, named in LEVELS.items():
+        if march in (named, "native") and runs_here(level):
+            key = _ahead_key(sources, [*BASE_FLAGS, f"-march={named}", *flags], level)
+            if (library := Path(root) / f"{name}-{level}-{key}.so").exists():
+                return library
+    return None
+
+
+def _ahead_key(sources: Sequence[Path], flags: Sequence[str], level: str) -> str:
+    """Like the cache's key, but the compiler does not count, and the processor only where the code is for it alone."""
+    digest = _digest_of(sources)
+    digest.update("\0".join((cpu_flags() if level == "native" else "", *flags)).encode())
+    return digest.hexdigest()
 
 
 def find_compiler() -> str:
@@ -90,12 +135,17 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _fingerprint(compiler: str, sources: Sequence[Path], flags: Sequence[str]) -> str:
+    digest = _digest_of(sources)
+    digest.update("\0".join((compiler_version(compiler), cpu_flags(), *flags)).encode())
+    return digest.hexdigest()
+
+
+def _digest_of(sources: Sequence[Path]) -> hashlib.blake2b:
     digest = hashlib.blake2b(digest_size=12)
     headers = {header for source in sources for header in Path(source).parent.glob("*.h")}
     for path in [*sources, *sorted(headers)]:
         digest.update(Path(path).read_bytes())
-    digest.update("\0".join((compiler_version(compiler), cpu_flags(), *flags)).encode())
-    return digest.hexdigest()
+    return digest
 
 
 @cache

@@ -157,11 +157,13 @@ def load_served_model(
     """Load and prepack a checkpoint; the shipped pair goes by its names. quantization, head_rows: of a draft model."""
     path = str(demo.path(name)) if demo.is_demo(name) else name
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-    loaded = load_model(path, dtype=dtype, device=device)
+    quantization = quantization or config.quantization
+    whole = head_rows is None  # a head is cut before it is packed
+    loaded = load_model(path, dtype=dtype, device=device, packed=whole, quantization=quantization if whole else None)
     loaded.model.requires_grad_(False)
     if head_rows is not None:
         shrink_head(loaded.model, head_rows)
-    loaded.model.prepack(quantization or config.quantization or kernels.usual_mode(loaded.model.dtype, device))
+        loaded.model.prepack(quantization or kernels.usual_mode(loaded.model.dtype, device))
     return loaded
 
 

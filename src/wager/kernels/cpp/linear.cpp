@@ -2,7 +2,8 @@
 //
 // Every output is one chain of operations over k in ascending order (grouped formats: one chain per group and one over the groups), whatever
 // the number of rows: a row's result does not depend on what else is in the batch. Few rows: the weights stream from memory once and several
-// panels advance together, so that enough chains are in flight. Many rows: a slice of some panels stays in cache while all rows pass over it.
+// panels advance together, so that enough chains are in flight. Many rows: they are laid out tile by tile; a slice of a panel stays in the first
+// cache while a block of rows passes over it, and the block in the second while some panels take their turns.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -10,190 +11,52 @@
 #include "activations.h"
 #include "formats.h"
 #include "linear.h"
+#include "linear_tiles.h"
 #include "pool.h"
 
-constexpr int MR = VL == 16 ? 12 : 6;                // most rows that pass in one tile
-constexpr int SUMS = VL == 16 ? 24 : 12;             // accumulators that fit the registers
-constexpr int SLACK = 3;                             // panels allocated beyond the last, so that a tile may read four
+constexpr int SLACK = 3;  // panels allocated beyond the last, so that a tile may read four
 #ifndef WAGER_KC
-#define WAGER_KC 512
+#define WAGER_KC (VL == 16 ? 512 : 256)
 #endif
 constexpr long KC = WAGER_KC;  // inputs of a slice
-#ifndef WAGER_PREFETCH
-#define WAGER_PREFETCH 1024
-#endif
-constexpr long PREFETCH = WAGER_PREFETCH;  // bytes ahead of the stream
 #ifndef WAGER_CLAIM_BYTES
 #define WAGER_CLAIM_BYTES 1 << 15
 #endif
 constexpr long CLAIM_BYTES = WAGER_CLAIM_BYTES;  // weights worth claiming at once
+constexpr long ROWS_IN_CACHE = 96;               // of a slice, for the second cache
+constexpr int WIDE = 128;                        // outputs of a unit when there are many rows
 
-struct Work {
-    const Linear& a;
-    Acts acts;
-    const uint32_t* pairs;
-    const float* group_table;
+// Rows in tiles of nearly the same size, at most MANY.
+template <typename K>
+struct Tiles {
+    long rows, count = (rows + K::MANY - 1) / K::MANY;
+    long begin(long t) const { return rows * t / count; }
 };
 
-constexpr int panels_for(int rows, int sums) { return rows * 4 * NV <= sums ? 4 : rows * 2 * NV <= sums ? 2 : 1; }
-
-// Rows [row, row + R) of P panels over inputs [k0, k1).
-template <typename F>
-struct Plain {
-    static constexpr int MANY = 6;  // rows of a tile when there are more than MR
-    static long bytes(long inputs) { return inputs / F::STEP * F::BYTES; }
-    static constexpr int panels(int rows) { return panels_for(rows, SUMS); }
-    template <int R, int P>
-    static inline void tile(const Work& work, long row, const char* w, long k0, long k1, float* y, long ldy, const float* start, bool fetch) {
-        const typename F::X* x = (const typename F::X*)(F::STEP == 2 ? (const void*)work.pairs : (const void*)work.a.x);
-        long ldx = work.a.inputs / F::STEP, panel_bytes = bytes(work.a.inputs);
-        x += row * ldx;
-        vf acc[R][P][NV];
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < NV; v++) acc[r][p][v] = load((start ? start : y + r * ldy) + p * NR + v * VL);
-        w += k0 / F::STEP * F::BYTES;
-        for (long k = k0 / F::STEP; k < k1 / F::STEP; k++, w += F::BYTES) {
-            typename F::Weight weight[P][NV];
-            for (int p = 0; p < P; p++) {
-                if (fetch) __builtin_prefetch(w + p * panel_bytes + PREFETCH);
-                for (int v = 0; v < NV; v++) weight[p][v] = F::weight(w + p * panel_bytes, v);
-            }
-            for (int r = 0; r < R; r++) {
-                typename F::X value = x[r * ldx + k];
-                for (int p = 0; p < P; p++)
-                    for (int v = 0; v < NV; v++) acc[r][p][v] = F::mac(acc[r][p][v], weight[p][v], value);
-            }
-        }
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < NV; v++) store(y + r * ldy + p * NR + v * VL, acc[r][p][v]);
-    }
-};
-
-// Integer products of int8 activations, scaled group by group.
-template <typename F>
-struct Integer {
-    static constexpr int MANY = VL == 16 ? 8 : 4;
-    static long bytes(long inputs) { return inputs / F::GROUP * F::BYTES; }
-    static constexpr int panels(int rows) { return panels_for(rows, SUMS * 2 / 3); }
-    template <int R, int P>
-    static inline void tile(const Work& work, long row, const char* w, long k0, long k1, float* y, long ldy, const float* start, bool fetch) {
-        const Acts& acts = work.acts;
-        long panel_bytes = bytes(work.a.inputs);
-        vf acc[R][P][NV];
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < NV; v++) acc[r][p][v] = load((start ? start : y + r * ldy) + p * NR + v * VL);
-        w += k0 / F::GROUP * F::BYTES;
-        for (long g = k0 / F::GROUP; g < k1 / F::GROUP; g++, w += F::BYTES) {
-            vi part[R][P][NV];
-            for (int r = 0; r < R; r++)
-                for (int p = 0; p < P; p++)
-                    for (int v = 0; v < NV; v++) part[r][p][v] = vi{} + acts.offsets[(row + r) * acts.groups + g];
-            const int32_t* x = (const int32_t*)(acts.values + row * acts.inputs + g * F::GROUP);
-            for (int j = 0; j < F::GROUP / 4 / F::WORDS; j++) {
-                vu raw[P][NV];
-                for (int p = 0; p < P; p++) {
-                    const char* from = w + p * panel_bytes + F::HEAD + j * 64;
-                    if (fetch) __builtin_prefetch(from + PREFETCH);
-                    for (int v = 0; v < NV; v++) raw[p][v] = *(const vu*)(from + v * VL * 4);
-                }
-                for (int i = 0; i < F::WORDS; i++) {
-                    vi weight[P][NV];
-                    for (int p = 0; p < P; p++)
-                        for (int v = 0; v < NV; v++) weight[p][v] = F::word(raw[p][v], i);
-                    for (int r = 0; r < R; r++)
-                        for (int p = 0; p < P; p++)
-                            for (int v = 0; v < NV; v++)
-                                part[r][p][v] = dot4(part[r][p][v], weight[p][v], x[r * (acts.inputs / 4) + j * F::WORDS + i]);
-                }
-            }
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < NV; v++) {
-                    vf scale = vf{} + 1.0f;
-                    if (F::HEAD) scale = load((const bf16*)(w + p * panel_bytes) + v * VL);
-                    for (int r = 0; r < R; r++)
-                        acc[r][p][v] += __builtin_convertvector(part[r][p][v], vf) * (scale * acts.scales[(row + r) * acts.groups + g]);
-                }
-        }
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < NV; v++) store(y + r * ldy + p * NR + v * VL, acc[r][p][v]);
-    }
-};
-
-// Four-bit numbers of a table of values, float32 activations.
-struct Q4 {
-    static constexpr int GROUP = 32, BYTES = 288, MANY = 6;
-    static long bytes(long inputs) { return inputs / GROUP * BYTES; }
-    static constexpr int panels(int rows) { return panels_for(rows, SUMS / 2); }
-    template <int R, int P>
-    static inline void tile(const Work& work, long row, const char* w, long k0, long k1, float* y, long ldy, const float* start, bool fetch) {
-        long ldx = work.a.inputs, panel_bytes = bytes(ldx);
-        const float *x = work.a.x + row * ldx, *table = work.a.table;
-        vf acc[R][P][NV];
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < NV; v++) acc[r][p][v] = load((start ? start : y + r * ldy) + p * NR + v * VL);
-        w += k0 / GROUP * BYTES;
-        for (long k = k0; k < k1; k += GROUP, w += BYTES) {
-            vf part[R][P][NV] = {};
-            for (int j = 0; j < 4; j++) {
-                vu raw[P][NV];
-                for (int p = 0; p < P; p++) {
-                    const char* from = w + p * panel_bytes + 32 + j * 64;
-                    if (fetch) __builtin_prefetch(from + PREFETCH);
-                    for (int v = 0; v < NV; v++) raw[p][v] = *(const vu*)(from + v * VL * 4);
-                }
-                for (int i = 0; i < 8; i++) {
-                    vf weight[P][NV];
-                    for (int p = 0; p < P; p++)
-                        for (int v = 0; v < NV; v++) weight[p][v] = look_up(table, raw[p][v] >> (8 * (i % 4) + 4 * (i / 4)));
-                    for (int r = 0; r < R; r++) {
-                        float value = x[r * ldx + k + 8 * j + i];
-                        for (int p = 0; p < P; p++)
-                            for (int v = 0; v < NV; v++) part[r][p][v] += weight[p][v] * value;
-                    }
-                }
-            }
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < NV; v++) {
-                    vf scale = load((const bf16*)(w + p * panel_bytes) + v * VL);
-                    for (int r = 0; r < R; r++) acc[r][p][v] += part[r][p][v] * scale;
-                }
-        }
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < NV; v++) store(y + r * ldy + p * NR + v * VL, acc[r][p][v]);
-    }
-};
-
+// All rows of the `count` times P panels that begin at `panel`, into `out`.
 template <typename K, int P>
-static void rows_tile(int rows, const Work& work, long row, const char* w, long k0, long k1, float* y, long ldy, const float* start, bool fetch) {
-    switch (rows) {
-#define CASE(n) \
-    case n: if constexpr (K::panels(n) == P || (n <= K::MANY && K::panels(K::MANY) == P)) K::template tile<n, P>(work, row, w, k0, k1, y, ldy, start, fetch); break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if defined(__AVX512F__)
-        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
-#undef CASE
-    }
-}
-
-// All rows of P panels that begin at `panel`, into `out`.
-template <typename K, int P>
-static void block(const Work& work, long panel, float* out, long ldo) {
+static void block(const Work& work, long panel, long count, float* out, long ldo) {
     const Linear& a = work.a;
     static const float zeros[4 * NR] = {};
-    const float* start = a.scales ? zeros : a.bias + panel * NR;
+    long width = P * NR, unit_bytes = P * K::bytes(a.inputs);
+    auto start = [&](long u) { return a.scales ? zeros : a.bias + panel * NR + u * width; };
     const char* w = a.weights + panel * K::bytes(a.inputs);
-    if (a.rows <= MR) return rows_tile<K, P>((int)a.rows, work, 0, w, 0, a.inputs, out, ldo, start, true);
+    if (a.rows <= MR) {
+        for (long u = 0; u < count; u++, w += unit_bytes)
+            rows_tile<K, P, false>((int)a.rows, work, {0, 0, a.inputs, w, out + u * width, ldo, start(u), w + PREFETCH, K::PIECE});
+        return;
+    }
+    const Tiles<K> tiles{a.rows};
+    const long per_block = std::max<long>(1, ROWS_IN_CACHE / K::MANY), sharers = std::min<long>(tiles.count, 8);
     for (long k0 = 0; k0 < a.inputs; k0 += KC) {
-        long k1 = std::min<long>(a.inputs, k0 + KC);
-        for (long r = 0; r < a.rows; r += K::MANY)
-            rows_tile<K, P>((int)std::min<long>(K::MANY, a.rows - r), work, r, w, k0, k1, out + r * ldo, ldo, k0 ? nullptr : start, r == 0);
+        long k1 = std::min<long>(a.inputs, k0 + KC), next = K::bytes(k1), slice = next - K::bytes(k0);
+        for (long t0 = 0; t0 < tiles.count; t0 += per_block)
+            for (long u = 0; u < count; u++)
+                for (long t = t0; t < std::min(tiles.count, t0 + per_block); t++) {  // the first tiles fetch the next slice, each its share
+                    long row = tiles.begin(t), rows = tiles.begin(t + 1) - row;
+                    const char *from = w + u * unit_bytes, *ahead = t < sharers ? from + next + slice * t / sharers : nullptr;
+                    rows_tile<K, P, true>((int)rows, work, {row, k0, k1, from, out + row * ldo + u * width, ldo, k0 ? nullptr : start(u), ahead, K::PIECE / sharers});
+                }
     }
 }
 
@@ -205,29 +68,30 @@ static void scale_and_bias(const Linear& a, long panel, int width, float* out, l
         }
 }
 
+// `panels` panels from `first` on, with what follows the product.
 template <typename K, int P>
-static void unit(const Work& work, long u) {
+static void unit(const Work& work, long first_panel, long panels) {
     const Linear& a = work.a;
-    constexpr int WIDTH = P * NR;
-    long first = u * WIDTH, count = std::min<long>(WIDTH, a.outputs - first);
-    if (!a.gate && !a.residual && count == WIDTH) {
-        block<K, P>(work, u * P, a.y + first, a.outputs);
-        if (a.scales) scale_and_bias(a, u * P, WIDTH, a.y + first, a.outputs);
+    long width = panels * NR, first = first_panel * NR, count = std::min<long>(width, a.outputs - first), units = (panels + P - 1) / P;
+    if (!a.gate && !a.residual && count == width && panels % P == 0) {
+        block<K, P>(work, first_panel, units, a.y + first, a.outputs);
+        if (a.scales) scale_and_bias(a, first_panel, (int)width, a.y + first, a.outputs);
         return;
     }
     thread_local std::vector<float> scratch;
-    scratch.resize(2 * a.rows * WIDTH);
-    float *made = scratch.data(), *up = made + a.rows * WIDTH;
-    block<K, P>(work, u * P, made, WIDTH);
-    if (a.scales) scale_and_bias(a, u * P, WIDTH, made, WIDTH);
+    width = units * P * NR;
+    scratch.resize(2 * a.rows * width);
+    float *made = scratch.data(), *up = made + a.rows * width;
+    block<K, P>(work, first_panel, units, made, width);
+    if (a.scales) scale_and_bias(a, first_panel, (int)width, made, width);
     if (a.gate) {
-        long panel = a.outputs / NR + u * P;
-        block<K, P>(work, panel, up, WIDTH);
-        if (a.scales) scale_and_bias(a, panel, WIDTH, up, WIDTH);
-        for (long i = 0; i < a.rows * WIDTH; i += VL) store(made + i, (a.gate == 1 ? silu_v(load(made + i)) : gelu_tanh_v(load(made + i))) * load(up + i));
+        long panel = a.outputs / NR + first_panel;
+        block<K, P>(work, panel, units, up, width);
+        if (a.scales) scale_and_bias(a, panel, (int)width, up, width);
+        for (long i = 0; i < a.rows * width; i += VL) store(made + i, (a.gate == 1 ? silu_v(load(made + i)) : gelu_tanh_v(load(made + i))) * load(up + i));
     }
     for (long r = 0; r < a.rows; r++) {
-        float *to = a.y + r * a.outputs + first, *from = made + r * WIDTH;
+        float *to = a.y + r * a.outputs + first, *from = made + r * width;
         const float* residual = a.residual ? a.residual + r * a.outputs + first : nullptr;
         for (long i = 0; i < count; i++) to[i] = residual ? residual[i] + from[i] : from[i];
     }
@@ -236,16 +100,46 @@ static void unit(const Work& work, long u) {
 template <typename K, int P>
 static void units(const Work& work) {
     const Linear& a = work.a;
-    long n = (a.outputs + P * NR - 1) / (P * NR), bytes = P * K::bytes(a.inputs);
+    long panels = (a.outputs + NR - 1) / NR, per_unit = a.rows > 4 * MR && panels >= a.threads * 3 * (WIDE / NR) ? WIDE / NR : P;
+    long n = (panels + per_unit - 1) / per_unit, bytes = per_unit * K::bytes(a.inputs);
     long chunk = std::max<long>(1, std::min(CLAIM_BYTES / std::max<long>(1, bytes), n / (a.threads * 4)));
     int threads = a.rows * a.inputs * a.outputs > 200000 ? a.threads : 1;
     each(threads, (n + chunk - 1) / chunk, [&](long c) {
-        for (long u = c * chunk; u < std::min(n, (c + 1) * chunk); u++) unit<K, P>(work, u);
+        for (long u = c * chunk; u < std::min(n, (c + 1) * chunk); u++)
+            unit<K, P>(work, u * per_unit, per_unit == P ? P : std::min(per_unit, panels - u * per_unit));
+    });
+}
+
+// Rows laid out tile by tile.
+template <typename K>
+static void tile_rows(const Work& work, std::vector<uint32_t>& to) {
+    const Tiles<K> tiles{work.a.rows};
+    to.resize(work.a.rows * work.steps);
+    each(work.a.rows * work.steps > 1 << 16 ? work.a.threads : 1, tiles.count, [&](long t) {
+        long row = tiles.begin(t), rows = tiles.begin(t + 1) - row;
+        element* out = to.data() + row * work.steps;
+        for (long r = 0; r < rows; r++)
+            for (long k = 0; k < work.steps; k++) out[k * rows + r] = work.x[(row + r) * work.steps + k];
     });
 }
 
 template <typename K>
-static void linear(const Work& work) {
+static void group_sums(const Linear& a, std::vector<float>& to) {
+    long groups = a.inputs / 32;
+    to.resize(a.rows * groups);
+    for (long i = 0; i < a.rows * groups; i++) {
+        vf total{};
+        for (int k = 0; k < 32; k += VL) total += load(a.x + i * 32 + k);
+        to[i] = sum(total);
+    }
+}
+
+template <typename K>
+static void linear(Work work) {
+    static thread_local std::vector<uint32_t> tiled;
+    static thread_local std::vector<float> sums;
+    if (K::ZEROS) group_sums<K>(work.a, sums), work.sums = sums.data();
+    if (work.a.rows > MR) tile_rows<K>(work, tiled), work.x = tiled.data();
     switch (K::panels(work.a.rows <= MR ? (int)work.a.rows : K::MANY)) {
         case 4: return units<K, 4>(work);
         case 2: return units<K, 2>(work);
@@ -257,13 +151,14 @@ template <typename F>
 static void integer_linear(const Linear& a) {
     static thread_local QuantisedRows rows;
     quantise_rows(a.x, a.rows, a.inputs, F::GROUP, F::OFFSET, a.threads, rows);
-    linear<Integer<F>>({a, {rows.values.data(), rows.scales.data(), rows.offsets.data(), a.inputs, a.inputs / F::GROUP}, nullptr, nullptr});
+    Acts acts{rows.values.data(), rows.scales.data(), rows.offsets.data(), a.inputs, a.inputs / F::GROUP};
+    linear<Integer<F>>({a, acts, (const element*)rows.values.data(), a.inputs / 4, nullptr});
 }
 
 static void pair_linear(const Linear& a) {
     static thread_local std::vector<bf16> rounded;
     round_rows(a.x, a.rows * a.inputs, a.threads, rounded);
-    linear<Plain<B16>>({a, {}, (const uint32_t*)rounded.data(), nullptr});
+    linear<Plain<B16>>({a, {}, (const element*)rounded.data(), a.inputs / 2, nullptr});
 }
 
 template <typename W>
@@ -280,15 +175,21 @@ static void pack(const W* weight, long outputs, long inputs, W* packed, int thre
 
 extern "C" {
 void wager_linear(const Linear* a) {
-    Work work{*a, {}, nullptr, nullptr};
+    Work work{*a, {}, (const element*)a->x, a->inputs, nullptr};
     switch (a->format) {
         case 0: return linear<Plain<F32>>(work);
         case 1: return linear<Plain<BF16>>(work);
         case 2: return linear<Plain<I8>>(work);
         case 3: return pair_linear(*a);
         case 4: return integer_linear<W8>(*a);
-        case 5: return linear<Q4>(work);
-        case 6: return integer_linear<W4>(*a);
+        case 5: return linear<Weighted<Grouped<4, false>, Table>>(work);
+        case 6: return integer_linear<Grouped<4, false>>(*a);
+        case 7: return linear<Weighted<Grouped<4, false>, Codes<4>>>(work);
+        case 8: return linear<Weighted<Grouped<8, false>, Codes<8>>>(work);
+        case 9: return integer_linear<Grouped<8, false>>(*a);
+        case 10: return linear<Weighted<Grouped<4, true>, Codes<4>>>(work);
+        case 11: return integer_linear<Grouped<4, true>>(*a);
+        case 12: return linear<Plain<F16>>(work);
     }
 }
 // Both write ceil(outputs / 16) + 3 panels.

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -29,6 +29,17 @@ static inline vf load(const bf16* p) { return (vf)_mm256_slli_epi32(_mm256_cvtep
 #else
 static inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const vh*)p, vu) << 16); }
 #endif
+static inline vf load_half(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && defined(__AVX__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    vu h = __builtin_convertvector(*(const vh*)p, vu), bits = (h & 0x7fffu) << 13;
+    vu finite = (vu)((vf)bits * 0x1p112f);  // also subnormal numbers: the product is exact
+    return (vf)(((h & 0x7c00u) == 0x7c00u ? bits | 0x7f800000u : finite) | (h & 0x8000u) << 16);
+#endif
+}
 static inline void store(float* p, vf v) { *(vf*)p = v; }
 static inline float widen(float x) { return x; }
 static inline float widen(bf16 x) {

@@ -25,8 +25,7 @@ from wager import kernels
 from wager.errors import CheckpointError, UsageError
 from wager.models import demo
 from wager.models.base import Attend, Model
-from wager.models.config import read_json
-from wager.models.loader import Checkpoint, checkpoint_dtype, fill, resolve
+from wager.models.loader import checkpoint_dtype, fill, open_plain, resolve
 from wager.models.registry import family_of
 from wager.serve.batch import Batch, KVTables
 from wager.serve.cache.block_manager import KVGroup
@@ -100,7 +99,9 @@ class NoNorm(nn.Module):
 def skeleton(model: str, dtype: str = "auto") -> tuple[Model, dict[str, Any], Path]:
     """The whole network without weights, its config.json, and where the checkpoint lies."""
     path = resolve(demo.path(model) if demo.is_demo(model) else model)
-    raw = read_json(path / "config.json")
+    raw, checkpoint = open_plain(path, "a pipeline of stages")
+    with checkpoint:  # only to say now what a stage would refuse later
+        pass
     target = checkpoint_dtype(raw if dtype == "auto" else {"dtype": dtype})
     with torch.device("meta"):
         return family_of(raw).from_checkpoint(raw, target).eval().requires_grad_(False), raw, path
@@ -221,7 +222,7 @@ class Stage:
         allocate_tables(self.model)
         source = "memory" if self.ledger[WEIGHTS_READY] else "disk"
         if source == "disk":
-            with Checkpoint(self.path) as checkpoint:
+            with open_plain(self.path, "a pipeline stage")[1] as checkpoint:
                 fill(self.model, checkpoint)
             self.ledger[WEIGHTS_READY] = 1
         self.model.prepack(self.spec.quantization or kernels.usual_mode(self.dtype, torch.device("cpu")))

@@ -35,7 +35,7 @@ from wager import kernels
 from wager.errors import UsageError, WagerError
 from wager.models.config import read_json
 from wager.models.llama import Block, Llama, LlamaConfig
-from wager.models.loader import Checkpoint, LoadedModel, allocate, checkpoint_dtype, fill, resolve
+from wager.models.loader import LoadedModel, Packing, checkpoint_dtype, load_tensors, open_plain, resolve
 from wager.models.registry import family_of
 from wager.serve.batch import Batch
 from wager.serve.cache.pool import KVPool, groups_for
@@ -133,19 +133,17 @@ def _summing(shard: Shard) -> Callable[..., Tensor]:
 def load_shard(name: str | Path, dtype: str, shard: Shard, quantization: str | None = None) -> LoadedModel:
     """Read one process's slice of a checkpoint and pack it. Raises UsageError for families that cannot be divided."""
     path = resolve(name)
-    raw = read_json(path / "config.json")
-    if family_of(raw) is not Llama:
-        raise UsageError(
-            f"tensor_parallel_size needs a model of the Llama layout (llama, mistral, qwen2, qwen3), not {raw.get('model_type')!r}",
-            param="tensor_parallel_size",
-        )
-    with torch.device("meta"):
-        model = ShardedLlama(raw, checkpoint_dtype(raw if dtype == "auto" else {"dtype": dtype}), shard)
-    allocate(model, "cpu")
-    with Checkpoint(path) as checkpoint:
-        fill(model, checkpoint)
+    raw, checkpoint = open_plain(path, "tensor_parallel_size")
+    with checkpoint:
+        if family_of(raw) is not Llama:
+            raise UsageError(
+                f"tensor_parallel_size needs a model of the Llama layout (llama, mistral, qwen2, qwen3), not {raw.get('model_type')!r}",
+                param="tensor_parallel_size",
+            )
+        with torch.device("meta"):
+            model = ShardedLlama(raw, checkpoint_dtype(raw if dtype == "auto" else {"dtype": dtype}), shard)
+        load_tensors(model, checkpoint, torch.device("cpu"), Packing(quantization))
     model.eval().requires_grad_(False)
-    model.prepack(quantization or kernels.usual_mode(model.dtype, torch.device("cpu")))
     return LoadedModel(model, raw, read_json(path / "generation_config.json", required=False), path)
 
 

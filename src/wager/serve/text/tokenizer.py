@@ -38,8 +38,12 @@ class Tokenizer:
 
     @staticmethod
     def load(path: Path | str, chat_template: str | None = None) -> Tokenizer:
-        """From a model directory. `chat_template`: a file or a template text that replaces the directory's own."""
+        """From a model directory or GGUF file. `chat_template`: a file or a template text that replaces its own."""
         path = Path(path)
+        if path.suffix == ".gguf":
+            from wager.models.formats.gguf_tokenizer import read_tokenizer
+
+            return Tokenizer._of(*read_tokenizer(path), path, chat_template)
         file = path / "tokenizer.json"
         if not file.exists():
             hint = (
@@ -54,10 +58,20 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file} cannot be read: {error}") from None
-        backend.no_truncation()
-        backend.no_padding()
         config = read_json(path / "tokenizer_config.json", required=False)
         generation = read_json(path / "generation_config.json", required=False)
+        return Tokenizer._of(backend, config, generation, path, chat_template)
+
+    @staticmethod
+    def _of(
+        backend: tokenizers.Tokenizer,
+        config: dict[str, Any],
+        generation: dict[str, Any],
+        path: Path,
+        chat_template: str | None,
+    ) -> Tokenizer:
+        backend.no_truncation()
+        backend.no_padding()
         eos = generation.get("eos_token_id")
         ids = {eos} if isinstance(eos, int) else set(eos or ())
         own = backend.token_to_id(_content(config.get("eos_token")) or "")
