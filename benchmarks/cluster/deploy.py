@@ -57,7 +57,7 @@ def measure(name: str, model: str, layers: int, args: Any, launcher: Any) -> tup
     params = [
         SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=tokens, ignore_eos=True) for i in range(requests)
     ]
-    options = dict(
+    options: dict[str, Any] = dict(
         max_num_seqs=16,
         max_model_len=512,
         skip_tokenizer_init=True,

@@ -74,12 +74,13 @@ def under_fire(
     due = sorted(rng.choice(np.arange(20, int(total * 0.9)), len(kinds), replace=False).tolist())
     out = Run([[] for _ in prompts], [], [], [], [], 0, 0, 0.0)
     stopped: dict[str, Any] = {}
+    runner: Any = engine.core.runner  # counts its steps
 
     def client(output: Any) -> None:
         now = time.perf_counter()
         out.streamed[int(output.request_id.removeprefix("run-"))] += output.outputs[0].token_ids
         out.token_s += [now - begun] * len(output.outputs[0].token_ids)
-        if stopped and engine.core.runner.step > stopped["step"]:
+        if stopped and runner.step > stopped["step"]:
             stopped["waiting"] = {i for i in stopped["waiting"] if i in engine.core.requests} - {output.request_id}
             if not stopped["waiting"]:
                 out.gaps_s.append(now - stopped["at"])
@@ -91,7 +92,7 @@ def under_fire(
             out.shots.append((now - begun, kind, stage))
             if kind == "kill":
                 running = {r.id for r in engine.core.scheduler.running}
-                stopped.update(at=now, step=engine.core.runner.step, waiting=running)
+                stopped.update(at=now, step=runner.step, waiting=running)
 
     begun = time.perf_counter()
     run_all(engine, prompts, params, client)
@@ -171,7 +172,9 @@ def main() -> None:
     rng = np.random.default_rng(7)
     rng.shuffle(kinds)
     prompts, params = workload(requests, tokens, rng)
-    options = dict(max_num_seqs=16, max_model_len=512, skip_tokenizer_init=True, kv_cache_memory=64_000_000)
+    options: dict[str, Any] = dict(
+        max_num_seqs=16, max_model_len=512, skip_tokenizer_init=True, kv_cache_memory=64_000_000
+    )
     finals = [replace(p, output_kind=OutputKind.FINAL_ONLY) for p in params]
     expected = [o.outputs[0].token_ids for o in LLM("demo", **options).generate(prompts, finals)]
     ours = under_fire(options, prompts, params, kinds, 1)

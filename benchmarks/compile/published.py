@@ -67,7 +67,9 @@ def _void(_: Any) -> None:
 
 def judge(reference: Program, graphs: list[Program], every: int, rng: np.random.Generator) -> dict[str, Any]:
     """All graphs verified and proved; the mutants of every `every`-th graph rejected unless they are identities."""
-    count = dict.fromkeys(("graphs", "verified", "proved", "mutants", "rejected", "identities", "accepted wrongly"), 0)
+    count: dict[str, Any] = dict.fromkeys(
+        ("graphs", "verified", "proved", "mutants", "rejected", "identities", "accepted wrongly"), 0
+    )
     start = time.perf_counter()
     for at, graph in enumerate(graphs):
         count["graphs"] += 1
@@ -97,14 +99,18 @@ def verdict(reference: Program, mutant: Program, rng: np.random.Generator) -> st
 
 def false_accepts(rounds: int, rng: np.random.Generator) -> dict[str, Any]:
     """Measured against the bound in fields so small that accidents happen: x*y + x against x*y + y."""
-    pair = []
-    for first in (True, False):
+
+    def program(first: bool) -> Program:
         b = Builder()
         x, y = b.input((1,)), b.input((1,))
-        pair.append(b.build(b.add("add", [b.mul(x, y), x if first else y])))
+        return b.build(b.add("add", [b.mul(x, y), x if first else y]))
+
     out = {}
     for primes in SMALL_FIELDS:
-        accepted = sum(bool(verify(*pair, rng, max_trials=1, target=0.0, primes=primes)) for _ in range(rounds))
+        accepted = sum(
+            bool(verify(program(True), program(False), rng, max_trials=1, target=0.0, primes=primes))
+            for _ in range(rounds)
+        )
         bound = trial_bound(2, 0, primes[1])
         out[str(primes)] = {"measured": accepted / rounds, "bound": round(min(bound, 1.0), 4), "rounds": rounds}
     return out

@@ -78,7 +78,7 @@ def write(
         wanted = "F32" if values.ndim == 1 else wanted
         of = GGMLQuantizationType[wanted]
         if wanted in ("Q4_K", "Q6_K"):
-            writer.add_tensor(name, random_blocks(wanted, *values.shape, rng, std), raw_dtype=of)
+            writer.add_tensor(name, random_blocks(wanted, values.shape[0], values.shape[1], rng, std), raw_dtype=of)
         elif wanted in ("F32", "F16"):
             writer.add_tensor(name, values.astype(np.float32 if wanted == "F32" else np.float16))
         else:

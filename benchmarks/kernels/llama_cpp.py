@@ -47,8 +47,8 @@ def ours(path: Path, quantization: str | None, tokens: int) -> tuple[Callable[[]
         first = seconds(1)  # the prompt and one token
         return tokens / (seconds(tokens + 1) - first)
 
-    model = llm.engine.core.runner.model
-    nbytes = sum(m.packed.nbytes for m in model.modules() if getattr(m, "packed", None) is not None)
+    modules: list[Any] = list(llm.engine.core.runner.model.modules())
+    nbytes = sum(m.packed.nbytes for m in modules if getattr(m, "packed", None) is not None)
     return run, nbytes
 
 

@@ -13,7 +13,7 @@ held: dict = {}
 
 
 def load(path: str, threads: int, logits_all: bool = False) -> bool:
-    from llama_cpp import Llama
+    from llama_cpp import Llama  # pyright: ignore[reportAttributeAccessIssue]  # of the peer's environment
 
     held[path] = Llama(
         path, n_ctx=512, n_threads=threads, n_threads_batch=threads, logits_all=logits_all, verbose=False

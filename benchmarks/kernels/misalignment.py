@@ -20,14 +20,15 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Report, Row, arguments, compare, format_table, picture_path, say
-from wager.kernels.referee import candidates, oracle
+from wager.kernels import referee
+from wager.kernels.referee import oracle
 from wager.kernels.referee.architectures import architecture
 from wager.kernels.referee.capture import capture, merge, select
 from wager.kernels.referee.end_to_end import EndToEnd
 from wager.kernels.referee.end_to_end import compare as in_engine
 from wager.kernels.referee.judge import Options, Verdict, judge
 
-FOLDER = Path(candidates.__path__[0])
+FOLDER = Path(referee.__path__[0]) / "candidates"
 SETS = {"C++": FOLDER / "native.py", "torch.compile": FOLDER / "compiled.py"}
 OPERATORS = ("Linear", "RMSNorm", "SiluAndMul", "RotaryEmbedding")
 SANDBOX: dict[str, tuple[dict[str, Any], Callable[[], tuple[torch.Tensor, ...]]]] = {

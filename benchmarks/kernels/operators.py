@@ -160,13 +160,13 @@ def _moe(width: int, count: int) -> tuple[Callable[..., Any], Callable[..., Any]
     fused = native.pack_experts(packed, "silu")
     assert fused is not None
     linear = torch.nn.functional.linear
-    networks = [lambda x, g=g, d=d: linear(reference.silu_mul(linear(x, g)), d) for g, d in weights]
+    networks: list[Any] = [lambda x, g=g, d=d: linear(reference.silu_mul(linear(x, g)), d) for g, d in weights]
 
     def make(seed: int) -> tuple[Any, ...]:
         weights_TC, chosen_TC = randn(seed, 8, count).softmax(-1).topk(2)
         return randn(seed + 1, 8, width), weights_TC, chosen_TC, torch.zeros(8, width)
 
-    return make, lambda *inputs: reference.experts(*inputs, networks), fused
+    return make, lambda x, w, c, y: reference.experts(x, w, c, y, networks), fused
 
 
 def contender(call: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> Callable[[], float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -126,6 +126,11 @@ class DeepGraphDetector(GraphDetector):
     num_layers: int
     batch_size: int = 0
     num_neigh: int | Sequence[int] = -1
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Parameters are attributes of the constructor's names: `keep` sets them."""
 
     def keep(self, given: Mapping[str, Any]) -> None:
         """Store the constructor's parameters under their names, and refuse those that no detector can take."""

@@ -54,6 +54,7 @@ class Ensemble(Detector):
     """Members (estimators_) that see views of the rows; `view` says which."""
 
     random_state: Any = None
+    estimators_: list[Any]
 
     def join(self, views: Sequence[plan.Node], widths: Sequence[int], n: int) -> dict[str, plan.Node]:
         """The members' graphs, each over its view, under names that say whose they are."""

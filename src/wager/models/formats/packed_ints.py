@@ -51,7 +51,8 @@ class PackedCheckpoint:
                 f"{path / 'config.json'} has quantization_config {settings!r}, which is no JSON object"
             )
         self.method = settings.get("quant_method")
-        self.bits, self.group = settings.get("bits"), settings.get("group_size", 128)
+        self.bits: int = settings.get("bits")  # type: ignore[assignment]  # checked below
+        self.group = settings.get("group_size", 128)
         self._check(settings, raw)
         # The first generation of GPTQ files stores zero points less one.
         self.offset = 1 if self.method == "gptq" and settings.get("checkpoint_format", "gptq") == "gptq" else 0

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from wager.errors import WagerError
 
@@ -59,8 +60,8 @@ class Group:
         self.rank, self.size = rank, size
         self._posted: list[tuple[Any, Tensor, int]] = []
         try:
-            store = store or dist.TCPStore(host, port, is_master=False, timeout=JOIN_LIMIT)
-            self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, size, JOIN_LIMIT)
+            store = store or TCPStore(host, port, is_master=False, timeout=JOIN_LIMIT)
+            self._group: Any = dist.ProcessGroupGloo(PrefixStore(name, store), rank, size, JOIN_LIMIT)
         except (RuntimeError, ValueError) as error:
             raise StageLost(f"the group {name} did not come together: {error}") from None
 
@@ -136,7 +137,7 @@ class Meeting:
 
     def __init__(self, host: str = "127.0.0.1"):
         self.host = host
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=JOIN_LIMIT)
+        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=JOIN_LIMIT)
         self.port: int = self._store.port
 
     def join(self, name: str, rank: int, size: int) -> Group:
