@@ -18,11 +18,14 @@ from wager.errors import UsageError
 from wager.native import build
 
 ROOT = Path(__file__).parent
+KERNELS = ("linear", "attention", "elementwise", "block", "pool", "segments", "experts", "sampling")
 UNITS = {
-    "wager_kernels": ["kernels/cpp/linear.cpp", "kernels/cpp/attention.cpp", "kernels/cpp/elementwise.cpp", "kernels/cpp/block.cpp", "kernels/cpp/pool.cpp"],
+    "wager_kernels": [f"kernels/cpp/{name}.cpp" for name in KERNELS],
     "wager_stream": ["kernels/cpp/elementwise.cpp", "kernels/cpp/pool.cpp"],
     "wager_suffix": ["serve/speculate/cpp/suffix_tree.cpp"],
     "wager_motifs": ["detect/bond/cpp/motifs.cpp"],
+    "wager_pairs": ["detect/bond/cpp/pairs.cpp"],
+    "wager_enumerate": ["compile/mirage/enumerate.cpp"],
     "wager_detect": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "detect/tod/cpp").glob("*.cpp")),
 }  # fmt: skip
 

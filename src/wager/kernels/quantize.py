@@ -52,7 +52,7 @@ NF4 = (
 FOUR_BITS = ("int4", "nf4", "w4a8", "q4", "q4a8", "q4z", "q4za8")
 INT4 = tuple(float(i) for i in range(-8, 8))
 SCALE_TRIALS = (1.08, 1.0, 0.93, 0.86, 0.79)  # clipping the largest weight a little often lowers the error of the rest
-ROWS_AT_ONCE = 512
+VALUES_AT_ONCE = 1 << 18  # few enough for the trials of a scale to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def step_of(mode: str) -> int:
 def quantize(weight_OI: Tensor, mode: str) -> QuantizedWeight:
     """Choose codes for a weight, some rows at a time. Raises UsageError for an unknown mode or a weight that is not finite."""
     check_mode(mode)
-    parts = [_quantize_rows(rows.float(), mode) for rows in weight_OI.split(ROWS_AT_ONCE)]
+    parts = [_quantize_rows(rows.float(), mode) for rows in weight_OI.split(max(1, VALUES_AT_ONCE // weight_OI.shape[1]))]
     codes = torch.cat([codes for codes, _ in parts])
     scales = None if mode == "w16a16" else torch.cat([s for _, s in parts if s is not None])
     return QuantizedWeight(mode, codes, scales, weight_OI.shape[1])
@@ -151,7 +151,7 @@ def quantize(weight_OI: Tensor, mode: str) -> QuantizedWeight:
 def to_q8(weight_OI: Tensor) -> QuantizedWeight:
     """The nearest q8 weight: a group's largest magnitude becomes 127. An error of at most half a step, 1/254 of that magnitude."""
     codes, scales = [], []
-    for rows in weight_OI.split(ROWS_AT_ONCE):
+    for rows in weight_OI.split(max(1, VALUES_AT_ONCE // weight_OI.shape[1])):
         groups = F.pad(rows.float(), (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
         scale = (groups.abs().amax(-1) / 127).half().float()
         rounded = torch.round(groups / torch.where(scale == 0, 1.0, scale)[..., None]).clamp(-128, 127)

@@ -23,6 +23,7 @@ from wager.models.base import Model
 from wager.models.config import read_json
 from wager.models.layers import Linear, init_weights
 from wager.models.registry import family_of
+from wager.native.memory import give_back_freed_memory
 
 Pieces = list[tuple[str, int]]  # checkpoint tensors stacked in a parameter: (name, rows)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -229,6 +230,7 @@ def load_tensors(model: Model, checkpoint: Any, device: torch.device, packing: P
                 device,
                 packing,
             )
+            give_back_freed_memory()
         rebuild = getattr(module, "rebuild", None)
         if rebuild is not None:
             rebuild(device)

@@ -29,6 +29,13 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, LARGEST_FROM_HEAP_BYTES) and mallopt(_M_TRIM_THRESHOLD, KEEP_BYTES))
 
 
+def give_back_freed_memory() -> None:
+    """Return the pages of freed blocks to the system, also between blocks in use; for once after much was freed. Only glibc can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def huge_zeros(size: int) -> Tensor:
     """Zero bytes, committed when first touched, on huge pages where the system grants them: fewer address translations in a stream."""
     if size < 2 * HUGE_PAGE:

@@ -41,8 +41,12 @@ text = textwrap.dedent(\"\"\"
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """A server with room for long answers and a draft model, so that every figure of the live panel has something to show."""
-    model = build_llama(tmp_path_factory.mktemp("page"), max_position_embeddings=8192)
-    draft = build_llama(tmp_path_factory.mktemp("page-draft"), max_position_embeddings=8192)
+    settings = {
+        "max_position_embeddings": 8192,
+        "favoured": {"<|endoftext|>": -9.0, "<|im_end|>": -9.0},
+    }  # it never ends by itself
+    model = build_llama(tmp_path_factory.mktemp("page"), **settings)
+    draft = build_llama(tmp_path_factory.mktemp("page-draft"), **settings)
     speculation = {"draft": str(draft), "num_speculative_tokens": 2}
     with serving(model, ServerSettings(drain_s=5), max_num_seqs=8, speculative_config=speculation) as running:
         yield running

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.serve.conftest import build_llama
 from wager.errors import UsageError, WagerError
@@ -138,5 +139,6 @@ def test_what_cannot_be_divided_is_refused(options, names, tiny_dir):
 
 def test_families_that_cannot_be_divided_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="gpt2"):
         load_shard(tmp_path, "auto", Shard(0, 2))

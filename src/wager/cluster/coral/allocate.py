@@ -287,7 +287,9 @@ class Allocator:
         if best is None:
             if factor == 1.0:
                 raise Scarce("no whole-number plan for the full demands")
-            raise WagerError(f"no whole-number allocation was found in {time_limit_s} s; allow more time")
+            if not others:
+                raise WagerError(f"no whole-number allocation was found in {time_limit_s} s; allow more time")
+            return max(others, key=lambda o: (o.factor, -o.usd_per_h))
         value = self._value(best, current)
         bound = min(bound, value)
         return self._allocation(best, lp, current, factor, bound, proven or value - bound <= gap * value, begun)

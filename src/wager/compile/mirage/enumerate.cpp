@@ -1,5 +1,6 @@
 // The depth-first search over block graphs of generate.py, on flat arrays and with an explicit stack, so that it can stop after any number of
 // states and go on. Shapes are inferred here; what an operator does to an abstract expression is asked of Python once and remembered.
+#pragma GCC optimize("wrapv")  // sizes multiply until they are refused
 #include <array>
 #include <cstddef>
 #include <cstdint>

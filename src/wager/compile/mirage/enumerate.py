@@ -38,7 +38,7 @@ _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 def library() -> ctypes.CDLL | None:
     """The compiled loop, or None (with one warning) where native code cannot be built."""
     try:
-        found = build.load("wager_enumerate", [SOURCE], ("-fwrapv",))
+        found = build.load("wager_enumerate", [SOURCE])
     except BuildError as error:
         log.warning("the search runs in Python, about 20 times slower: %s", error)
         return None
