@@ -142,7 +142,9 @@ def step_of(mode: str) -> int:
 def quantize(weight_OI: Tensor, mode: str) -> QuantizedWeight:
     """Choose codes for a weight, some rows at a time. Raises UsageError for an unknown mode or a weight that is not finite."""
     check_mode(mode)
-    parts = [_quantize_rows(rows.float(), mode) for rows in weight_OI.split(max(1, VALUES_AT_ONCE // weight_OI.shape[1]))]
+    parts = [
+        _quantize_rows(rows.float(), mode) for rows in weight_OI.split(max(1, VALUES_AT_ONCE // weight_OI.shape[1]))
+    ]
     codes = torch.cat([codes for codes, _ in parts])
     scales = None if mode == "w16a16" else torch.cat([s for _, s in parts if s is not None])
     return QuantizedWeight(mode, codes, scales, weight_OI.shape[1])

@@ -88,27 +88,20 @@ def test_computed_rows_see_their_ancestors():
         assert seen == expected
 
 
-def test_bookkeeping_of_a_thousand_nodes_is_quick():
-    import time
-
+def test_a_search_of_a_thousand_nodes_stays_within_its_budget_and_knows_every_node_once():
     rng = np.random.default_rng(0)
-    best = 1.0
-    for _ in range(3):
-        found, spent, passes = Search(1024, 0.95), 0.0, 0
-        logprobs = np.log(rng.dirichlet(np.full(16, 0.3), 1))
-        found.add(np.array([-1]), np.arange(16)[None], logprobs)
-        for _ in range(16):
-            logprobs = np.log(rng.dirichlet(np.full(16, 0.3), 128) + 1e-9)
-            begun = time.perf_counter()
-            beam = found.beam(128, 99)
-            if not len(beam):
-                break
-            found.expand(None, beam)
-            found.add(beam, np.tile(np.arange(16), (len(beam), 1)), logprobs[: len(beam)])
-            spent += time.perf_counter() - begun
-            passes += 1
-        best = min(best, spent / passes)
-    assert best < 0.005
+    found = Search(1024, 0.95)
+    found.add(np.array([-1]), np.arange(16)[None], np.log(rng.dirichlet(np.full(16, 0.3), 1)))
+    expanded: list[int] = []
+    for _ in range(16):
+        beam = found.beam(128, 99)
+        if not len(beam):
+            break
+        expanded += beam.tolist()
+        logprobs = np.log(rng.dirichlet(np.full(16, 0.3), len(beam)) + 1e-9)
+        found.expand(None, beam)
+        found.add(beam, np.tile(np.arange(16), (len(beam), 1)), logprobs)
+    assert len(expanded) == len(set(expanded)) >= 128
 
 
 # -- SpecInfer: merging ------------------------------------------------------------------------------------------------------------
