@@ -12,9 +12,11 @@ from scipy.stats import rankdata, studentized_range
 
 from wager.detect.bond.graph import Graph
 from wager.detect.bond.metrics import mean_interval, quality
+from wager.detect.bond.protocol import DETECTORS
 from wager.errors import UsageError
 
 METRICS = ("auc", "ap", "recall", "auc_contextual", "auc_structural")
+LEAKS = ("degree", "norm", "degree+norm")
 
 
 def leak_baselines(graph: Graph) -> dict[str, np.ndarray]:
@@ -63,7 +65,14 @@ def cells(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str, str
                 "max": float(values.max()),
                 "interval": mean_interval(values),
             }
-    return grouped
+    return {key: grouped[key] for key in sorted(grouped, key=_place)}
+
+
+def _place(key: tuple[str, str]) -> tuple[int, str, str]:
+    """Detectors in the protocol's order, then the baselines: rows come as trials end, side by side."""
+    detector, dataset = key
+    order = [*DETECTORS, *LEAKS]
+    return (order.index(detector) if detector in order else len(order), detector, dataset)
 
 
 def table(rows: Sequence[Mapping[str, Any]], metric: str = "auc", flag: bool = True) -> str:
@@ -75,7 +84,7 @@ def table(rows: Sequence[Mapping[str, Any]], metric: str = "auc", flag: bool = T
         shown = [
             _cell(
                 found.get((detector, d)),
-                found.get(("degree+norm", d)) if flag and detector not in ("degree", "norm", "degree+norm") else None,
+                found.get(("degree+norm", d)) if flag and detector not in LEAKS else None,
             )
             for d in datasets
         ]
