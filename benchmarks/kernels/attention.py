@@ -10,17 +10,15 @@ over several copies, so that no keys are in the cache. Facts: bytes of keys and 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import cycle
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Report, arguments, compare, sample, say
-from benchmarks.kernels.linear import CACHE_BYTES, stream_bandwidth
+from benchmarks.kernels.linear import stream_bandwidth, timed
 from wager.kernels import native
 from wager.native.memory import huge_zeros
 
@@ -79,19 +77,6 @@ def grouped_sdpa(load: Workload, generator: torch.Generator) -> Callable[[], Ten
         sees = torch.ones(load.new, keys, dtype=torch.bool).tril(load.cached)
         mask = sees.repeat(group, 1)
     return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def timed(make: Callable[[], Callable[[], Tensor]], nbytes: int) -> Callable[[], float]:
-    """Seconds of one call; copies take turns until together they exceed the cache."""
-    copies = cycle([make() for _ in range(max(1, CACHE_BYTES // nbytes + 1))])
-
-    def run() -> float:
-        call = next(copies)
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    return run
 
 
 def main() -> None:

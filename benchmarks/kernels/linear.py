@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -25,19 +26,23 @@ MODES = ("bf16", "w16a16", "int8", "w8a8", "int4", "w4a8")
 CACHE_BYTES = 48 << 20
 
 
-def contender(
-    make: Callable[[], Callable[[torch.Tensor], torch.Tensor]], nbytes: int, x: torch.Tensor
-) -> Callable[[], float]:
-    """Seconds of one call; copies of the layer take turns until together they exceed the cache."""
-    layers = cycle([make() for _ in range(max(1, CACHE_BYTES // nbytes + 1))])
+def timed(make: Callable[[], Callable[[], object]], nbytes: int) -> Callable[[], float]:
+    """Seconds of one call; copies that read `nbytes` each take turns until together they exceed the cache."""
+    copies = cycle([make() for _ in range(max(1, CACHE_BYTES // nbytes + 1))])
 
     def run() -> float:
-        layer = next(layers)
+        call = next(copies)
         start = time.perf_counter()
-        layer(x)
+        call()
         return time.perf_counter() - start
 
     return run
+
+
+def contender(
+    make: Callable[[], Callable[[torch.Tensor], torch.Tensor]], nbytes: int, x: torch.Tensor
+) -> Callable[[], float]:
+    return timed(lambda: partial(make(), x), nbytes)
 
 
 def stream_bandwidth(threads: int) -> Callable[[], float]:
