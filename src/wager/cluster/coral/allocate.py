@@ -118,6 +118,8 @@ class Allocator:
             except Scarce:
                 pass  # fractions of replicas fit the stock, whole ones do not
         factor = max([self._largest_factor(current, time_limit_s / 2), *(o.factor for o in others)])
+        if factor <= 0:
+            raise WagerError("no part of the demands can be served with this stock; add machines or loosen objectives")
         found = self._generate(current, factor, scale=False)
         if found is None:  # the factor was reached with whole machines, so this only fails by rounding
             factor *= 1 - 1e-6
@@ -244,9 +246,7 @@ class Allocator:
             time_limit_s=time_limit_s,
             gap=1e-3,
         )
-        if not answer.value:
-            raise WagerError("no part of the demands can be served with this stock; add machines or loosen objectives")
-        return answer.value * (1 - 1e-9)
+        return (answer.value or 0.0) * (1 - 1e-9)  # none found in time: the baselines' shares stand
 
     def _integer(
         self,
