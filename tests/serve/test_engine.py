@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wager.errors import UsageError
+from wager.kernels import registry
 from wager.serve.llm import LLM
 from wager.serve.params import SamplingParams, StructuredOutputs
 
@@ -47,6 +48,22 @@ def test_greedy_tokens_are_those_of_transformers(expected, oracle):
         ids = torch.tensor([prompt])
         theirs = oracle.generate(ids, max_new_tokens=length, min_new_tokens=length, do_sample=False, use_cache=True)
         assert ours == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.skipif(registry.choice().form != "native", reason="only the native kernels add in one order")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logprobs_have_the_same_bits_in_any_batch(tiny_dir, dtype):
+    """Alone and in whole prompts, or among others in small chunks: every chosen token's log-probability is the same number."""
+
+    def logprobs(llm, prompts):
+        params = greedy(12, logprobs=2)
+        choices = [output.outputs[0] for output in llm.generate(prompts, params)]
+        return [[{t: lp.logprob for t, lp in entry.items()} for entry in choice.logprobs] for choice in choices]
+
+    quiet = LLM(str(tiny_dir), dtype=dtype)
+    alone = [logprobs(quiet, [prompt])[0] for prompt in PROMPTS]
+    crowded = LLM(str(tiny_dir), dtype=dtype, max_num_batched_tokens=29, block_size=4, enable_prefix_caching=False)
+    assert logprobs(crowded, PROMPTS) == alone
 
 
 @settings(max_examples=12, deadline=None)

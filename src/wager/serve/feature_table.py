@@ -22,8 +22,11 @@ TEMPLATE = "tests/serve/text/test_chat_template.py::"
 LOADER = "tests/models/test_loader.py::"
 LORA = "tests/serve/test_lora.py::"
 LATER = "to come as a system of its own, see `wager systems`"
-
-
+TOOLS = "tests/serve/text/test_tools.py::"
+CLIENT = "tests/serve/http/test_openai_client.py::"
+FAMILIES = "tests/models/test_families.py::test_family"
+DEPLOY = "tests/cluster/deploy/"
+NATIVE = "tests/kernels/test_native.py::"
 METHODS = "tests/serve/speculate/test_methods.py::"
 LAW = "tests/serve/speculate/test_law.py::"
 SUFFIX = "tests/serve/speculate/test_suffix_tree.py::"
@@ -82,6 +85,13 @@ DECODING = (
     absent("step_speculation", "algorithm/decoding", "step-level speculation for reasoning", LATER),
     absent("lookahead", "algorithm/decoding", "parallel decoding (Jacobi, lookahead)", "draft models cover its use"),
     absent("early_exit", "algorithm/decoding", "early exit and layer skipping", "needs checkpoints trained for it"),
+    Feature(
+        "thinking_budget", "algorithm/decoding", "bound on the tokens of a reasoning model's thoughts", APPROX,
+        ("thinking_token_budget",), "wager.serve.sampling.thinking:ThinkingBudget",
+        ("tests/serve/sampling/test_thinking.py::test_thoughts_end_at_the_budget_and_the_answer_goes_on",
+         "tests/serve/sampling/test_thinking.py::test_guesses_keep_the_budget"),
+        note="per request; the closing tag is forced when the budget is spent",
+    ),
     absent("cascade", "algorithm/decoding", "cascade of models by confidence", "a router in front of two servers does it"),
     absent("beam_search", "algorithm/decoding", "beam search", "OpenAI clients have no field for it"),
 )  # fmt: skip
@@ -92,9 +102,33 @@ ARCHITECTURE = (
         "wager.serve.cache.pool:groups_for",
         (BLOCKS + "test_window_layers_give_blocks_back_while_the_sequence_runs", "tests/models/test_families.py::test_family"),
     ),
+    Feature(
+        "grouped_query", "algorithm/architecture", "grouped-query and multi-query attention", EXACT, (),
+        "wager.kernels.registry:paged_attention", (FAMILIES, NATIVE + "test_attention_equals_the_reference"),
+    ),
+    Feature(
+        "latent_attention", "algorithm/architecture", "latent attention (MLA) over a cache of latents", EXACT, (),
+        "wager.models.deepseek:LatentAttention",
+        (FAMILIES, "tests/serve/cache/test_pool.py::test_layers_group_by_window_and_latent_layers_keep_no_values"),
+    ),
+    Feature(
+        "mixture_of_experts", "algorithm/architecture", "mixtures of experts with grouped expert products", EXACT, (),
+        "wager.models.experts:SparseMLP", (FAMILIES, "tests/kernels/test_triton.py::test_experts"),
+    ),
+    absent("cross_layer_kv", "algorithm/architecture", "KV shared across layers", "none of the model families here does it"),
     absent("sparse_attention", "algorithm/architecture", "dynamic sparse attention", LATER),
     absent("kv_eviction", "algorithm/architecture", "KV eviction and compression", LATER),
     absent("recurrent", "algorithm/architecture", "recurrent and hybrid models (Mamba, RWKV)", "no state cache yet"),
+)  # fmt: skip
+
+COMPRESSION = (
+    Feature(
+        "distilled_drafts", "algorithm/compression", "draft models distilled from their target", SAME, ("speculative_config",),
+        "wager.models.demo.train:train", ("tests/serve/speculate/test_boost.py::test_a_second_draft_learns_what_the_first_does_not_foretell",),
+        note="`python -m wager.models.demo` trains a pair, `wager speculate` boosted ones",
+    ),
+    absent("pruning", "algorithm/compression", "pruned weights (unstructured, 2:4, structured)", "no kernel here gains from zeros"),
+    absent("low_rank", "algorithm/compression", "low-rank weights", "a checkpoint's factors load as the layers that they are"),
 )  # fmt: skip
 
 QUANTIZED = (
@@ -104,8 +138,18 @@ QUANTIZED = (
 )
 QUANTIZATION = (
     Feature(
-        "weight_quantization", "system/quantization", "weight-only quantization", APPROX, ("quantization",),
-        note="no kernel reads quantized weights yet; every name is refused",
+        "weight_quantization", "system/quantization", "weight-only int8, int4 and NF4, rounded while loading", APPROX, ("quantization",),
+        "wager.kernels.quantize:quantize", QUANTIZED, ("benchmarks/kernels/perplexity.py",),
+        note="int8 per output channel, int4 and nf4 per group of inputs; the head too",
+        enabled_when=lambda c: c.quantization in ("int8", "int4", "nf4"),
+    ),
+    Feature(
+        "quantized_checkpoints", "system/quantization", "GPTQ, AWQ and GGUF files served with the codes they hold", EXACT, (),
+        "wager.models.formats.packed_ints:PackedCheckpoint",
+        ("tests/models/formats/test_gguf.py::test_models_answer_as_with_the_same_weights_in_float32",
+         "tests/models/formats/test_gguf.py::test_quantised_files_stay_quantised",
+         "tests/models/formats/test_packed_ints.py::test_answers_as_the_float_weights_it_stands_for"),
+        note="Q4_K and Q6_K blocks are rounded once to the nearest form that has a kernel, which one line says",
     ),
     Feature(
         "half_precision", "system/quantization", "bfloat16 and float16 weights and cache", EXACT, ("dtype",),
@@ -130,7 +174,19 @@ PARALLEL = (
         note="greedy tokens are identical up to the order of additions",
         enabled_when=lambda c: c.tensor_parallel_size > 1,
     ),
-    absent("pipeline_parallel", "system/parallelism", "pipeline parallelism", LATER),
+    Feature(
+        "pipeline_parallel", "system/parallelism", "a model divided over processes by layers, with micro-batches", EXACT, (),
+        "wager.serve.parallel.pipeline:PipelineRunner",
+        ("tests/serve/parallel/test_stage.py::test_a_chain_of_stages_is_the_model", DEPLOY + "test_recovery.py::test_stages_generate_what_one_process_does"),
+        ("benchmarks/cluster/deploy.py",), note="`wager deploy` runs it; lost stages are replaced",
+    ),
+    Feature(
+        "data_parallel", "system/parallelism", "replicas behind a router that follows the plan's weights", EXACT, (),
+        "wager.cluster.deploy.router:RoutedLLM", (DEPLOY + "test_deploy_plan.py::test_weighted_choice_converges_to_the_weights",
+         DEPLOY + "test_deploy_server.py::test_serves_through_a_kill_and_drains"), note="`wager deploy`",
+    ),
+    absent("context_parallel", "system/parallelism", "sequence and context parallelism", "long prompts are chunked instead"),
+    absent("expert_parallel", "system/parallelism", "expert parallelism", LATER),
     absent("disaggregation", "system/parallelism", "prefill and decode on separate machines", LATER),
 )  # fmt: skip
 
@@ -168,7 +224,13 @@ MEMORY = (
         "mmap_loading", "system/memory", "streamed loading of sharded checkpoints", EXACT, (), "wager.models.loader:load_model",
         (LOADER + "test_tensors_are_mapped_and_streamed", LOADER + "test_shards_load_as_the_whole_does"),
     ),
-    absent("kv_offload", "system/memory", "KV offload to host, disk or remote", "export and import of blocks exist; no tier uses them"),
+    Feature(
+        "kv_transfer", "system/memory", "export and import of a sequence's KV blocks between engines, by memory or file", EXACT, (),
+        "wager.serve.cache.pool:KVPool.export",
+        ("tests/serve/cache/test_pool.py::test_export_and_import_carry_a_sequence_between_pools",
+         "tests/serve/cache/test_pool.py::test_an_export_is_a_copy_and_survives_a_file"),
+    ),
+    absent("kv_offload", "system/memory", "KV offload to host, disk or remote", "blocks can be exported; no tier below memory keeps them"),
 )  # fmt: skip
 
 SCHEDULING = (
@@ -193,6 +255,14 @@ SCHEDULING = (
         (SCHEDULER + "test_lower_priority_values_run_first_and_ties_by_arrival", SCHEDULER + "test_priority_decides_who_is_preempted",
          SCHEDULER + "test_low_priority_does_not_starve"),
     ),
+    Feature(
+        "longest_prefix", "system/scheduling", "requests with the longest cached prefix first, with bounded waits", EXACT, ("scheduling_policy",),
+        "wager.serve.schedule.continuous:ContinuousScheduler",
+        (SCHEDULER + "test_longest_prefix_first_prefers_what_is_cached_and_waits_are_bounded",),
+        enabled_when=lambda c: c.scheduling_policy == "longest-prefix",
+    ),
+    absent("length_prediction", "system/scheduling", "admission by predicted output length",
+           "a watermark of free blocks and preemption take its place"),
     absent("slo_scheduling", "system/scheduling", "scheduling by latency targets", LATER),
     absent("co_serving", "system/scheduling", "co-serving with finetuning", LATER),
     absent("overlap_scheduling", "system/scheduling", "scheduling the next step while one runs",
@@ -204,7 +274,22 @@ KERNELS = (
         "ragged_batches", "system/kernels", "variable-length packing without padding", EXACT, (), "wager.serve.runner:ModelRunner",
         (ENGINE + "test_scheduling_never_changes_greedy_tokens",),
     ),
-    absent("graph_capture", "system/kernels", "graph capture", "native kernels on CPU have no launch overhead to hide"),
+    Feature(
+        "fused_operators", "system/kernels", "fused operators: qkv, rope with the cache write, norm with the residual, gate with its product",
+        EXACT, (), "wager.kernels.registry:rope_write",
+        ("tests/kernels/test_fused.py::test_block_input", "tests/kernels/test_fused.py::test_block_output"),
+        ("benchmarks/kernels/operators.py",),
+    ),
+    Feature(
+        "tailored_attention", "system/kernels", "paged attention with long contexts split over the threads", EXACT, (),
+        "wager.kernels.registry:paged_attention",
+        (NATIVE + "test_long_contexts_are_cut_and_combined", "tests/kernels/test_triton.py::test_long_contexts_are_cut_and_combined"), ("benchmarks/kernels/attention.py",),
+    ),
+    Feature(
+        "graph_capture", "system/kernels", "CUDA graphs per number of tokens for decode steps", EXACT, (), "wager.serve.graphs:DecodeGraphs",
+        ("tests/serve/test_graphs.py::test_recordings_are_made_once_a_bucket_and_replays_see_new_values",
+         "tests/serve/test_graphs.py::test_the_model_gives_the_same_hidden_rows"), note="on GPUs; steps on a CPU launch nothing",
+    ),
 )  # fmt: skip
 
 GENERATION = (
@@ -238,6 +323,26 @@ GENERATION = (
         "wager.serve.llm:AsyncLLM.generate", (ASYNC + "test_deltas_concatenate_to_the_final_text", ASYNC + "test_many_streams_do_not_mix",
          DETOKENIZE + "test_pieces_of_any_text_add_up"),
     ),
+    Feature(
+        "tools", "service/generation", "tool calls: auto, required, named; hermes, qwen, llama3, mistral and pythonic formats", EXACT,
+        ("tools", "tool_choice"), "wager.serve.text.tools:tool_stream",
+        (TOOLS + "test_every_cut_gives_the_same", CLIENT + "test_forced_tools_whole_and_streamed"),
+    ),
+    Feature(
+        "reasoning", "service/generation", "thoughts split from answers", EXACT, ("reasoning_parser",),
+        "wager.serve.text.reasoning:ReasoningStream", (TOOLS + "test_reasoning_splits_the_same_at_every_cut",),
+    ),
+    Feature(
+        "responses", "service/generation", "the Responses API, converted to chat", EXACT, (), "wager.serve.http.responses:router",
+        (CLIENT + "test_responses_whole_and_streamed", CLIENT + "test_responses_with_tools_and_formats"),
+    ),
+    Feature(
+        "batch_invariance", "service/generation", "the same bits whatever else is in the batch, with the native kernels", EXACT, (),
+        "wager.kernels.registry:paged_attention",
+        (NATIVE + "test_a_linear_row_does_not_depend_on_the_batch", NATIVE + "test_a_query_does_not_depend_on_its_chunk",
+         ENGINE + "test_logprobs_have_the_same_bits_in_any_batch"),
+        note="not with the torch reference (`WAGER_KERNELS=reference`) nor on GPUs, where near-ties may flip with the batch",
+    ),
     absent("multimodal", "service/generation", "image, audio and video input", "text models only"),
 )  # fmt: skip
 
@@ -269,5 +374,16 @@ OPERATION = (
     ),
 )  # fmt: skip
 
-for rows in (DECODING, ARCHITECTURE, QUANTIZATION, PARALLEL, MEMORY, SCHEDULING, KERNELS, GENERATION, OPERATION):
+for rows in (
+    DECODING,
+    ARCHITECTURE,
+    COMPRESSION,
+    QUANTIZATION,
+    PARALLEL,
+    MEMORY,
+    SCHEDULING,
+    KERNELS,
+    GENERATION,
+    OPERATION,
+):
     register(*rows)

@@ -9,6 +9,7 @@ from wager.serve.build import Engine
 from wager.serve.generation import Generation
 from wager.serve.params import SamplingParams
 from wager.serve.request import Request
+from wager.serve.sampling.thinking import ThinkingBudget
 
 MAX_N = 256
 
@@ -88,9 +89,19 @@ class Frontend:
                     index=index,
                     shares_prompt_with=requests[0] if index else None,
                     pooling=pooling,
+                    thinking=self._thinking_budget(token_ids, params),
                 )
             )
         return Generation(request_id, text, requests, engine.tokenizer)
+
+    def _thinking_budget(self, prompt_token_ids: list[int], params: SamplingParams) -> ThinkingBudget | None:
+        if params.thinking_token_budget is None:
+            return None
+        if self.engine.tokenizer is None:
+            raise UsageError(
+                "thinking_token_budget needs a tokenizer: drop skip_tokenizer_init", param="thinking_token_budget"
+            )
+        return ThinkingBudget(self.engine.tokenizer, prompt_token_ids, params.thinking_token_budget)
 
     def _max_total_tokens(self, num_prompt: int, params: SamplingParams, pooling: str | None) -> int:
         longest = self.engine.max_model_len

@@ -60,6 +60,7 @@ class SamplingParams:
     what else is in the batch. `logprobs` is the number of alternatives reported per generated token (0: the token itself only, -1: the
     whole vocabulary), `prompt_logprobs` the same for the prompt. `speculative_method` picks one of the engine's speculation methods for
     this request, "none" turns speculation off; None takes the engine's first. `stop` strings are searched in the text, `stop_token_ids` in the tokens.
+    `thinking_token_budget` closes a <think> block after so many tokens.
 
     Raises UsageError naming the field and the allowed range.
     """
@@ -86,6 +87,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
+    thinking_token_budget: int | None = None
     structured_outputs: StructuredOutputs | None = None
     speculative_method: str | None = None
     output_kind: OutputKind = OutputKind.CUMULATIVE
@@ -111,6 +113,12 @@ class SamplingParams:
         self._check("logprobs", self.logprobs, -1, None)
         self._check("prompt_logprobs", self.prompt_logprobs, -1, None)
         self._check("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, None)
+        self._check("thinking_token_budget", self.thinking_token_budget, 0, None)
+        if self.thinking_token_budget is not None and self.structured_outputs is not None:
+            raise UsageError(
+                "thinking_token_budget and structured outputs exclude each other: a constrained answer has no thoughts",
+                param="thinking_token_budget",
+            )
         if any(s == "" for s in self.stop):
             raise UsageError("stop strings must not be empty", param="stop")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from wager.serve.outputs import RequestMetrics
 from wager.serve.params import SamplingParams
+
+if TYPE_CHECKING:
+    from wager.serve.sampling.thinking import ThinkingBudget
 
 
 class Status(Enum):
@@ -35,6 +39,7 @@ class Request:
         index: which of the n continuations of its prompt this is.
         shares_prompt_with: the sibling (n > 1) whose prompt blocks this request forks once they are computed.
         pooling: "mean" or "last" for an embedding request, which ends when its prompt is computed; None generates.
+        thinking: counts the tokens of its thoughts where the caller bounded them.
     """
 
     id: str
@@ -51,6 +56,7 @@ class Request:
     index: int = 0
     shares_prompt_with: Request | None = None
     pooling: str | None = None
+    thinking: ThinkingBudget | None = None
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0

@@ -59,6 +59,7 @@ class SamplingBody(Body):
     skip_special_tokens: bool = True
     truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    thinking_token_budget: Annotated[int, Field(ge=0)] | None = None
     priority: Integer | None = None
     cache_salt: str | None = None
     speculative_method: str | None = None
@@ -150,6 +151,7 @@ class SamplingBody(Body):
             allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
             skip_special_tokens=self.skip_special_tokens,
             truncate_prompt_tokens=self.truncate_prompt_tokens,
+            thinking_token_budget=self.thinking_token_budget,
             structured_outputs=constraint,
             speculative_method=self.speculative_method,
             output_kind=OutputKind.DELTA if self.stream else OutputKind.FINAL_ONLY,

@@ -32,7 +32,7 @@ def make_state(
     request: Request, seed: int, grammar: Grammar | None, bad_words: list[list[int]], vocab: int, device: torch.device
 ) -> SamplerState:
     params = request.params
-    edits = bool(params.allowed_token_ids or params.logit_bias or bad_words or params.min_tokens)
+    edits = bool(params.allowed_token_ids or params.logit_bias or bad_words or params.min_tokens or request.thinking)
     state = SamplerState(request, seed, grammar, bad_words, edits)
     if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
         state.counts_W = occurrences(request.output_token_ids, vocab, device)
@@ -46,7 +46,7 @@ def occurrences(token_ids: list[int], vocab: int, device: torch.device) -> Tenso
 
 
 def edit_row(logits_W: Tensor, state: SamplerState, guesses: tuple[int, ...]) -> None:
-    """Allowed tokens, bad words, minimum length and biases, in place."""
+    """Allowed tokens, bad words, minimum length and biases, in place; the end of overlong thoughts before all of them."""
     request, params = state.request, state.request.params
     if params.allowed_token_ids:
         allowed = torch.tensor(params.allowed_token_ids, device=logits_W.device)
@@ -61,6 +61,10 @@ def edit_row(logits_W: Tensor, state: SamplerState, guesses: tuple[int, ...]) ->
     if params.logit_bias:
         tokens = torch.tensor(list(params.logit_bias), device=logits_W.device)
         logits_W[tokens] += torch.tensor(list(params.logit_bias.values()), device=logits_W.device)
+    forced = request.thinking.forced(request.output_token_ids, guesses) if request.thinking else None
+    if forced is not None:
+        logits_W.fill_(-torch.inf)
+        logits_W[forced] = 0.0
 
 
 def _completing(bad_words: list[list[int]], request: Request, guesses: tuple[int, ...]) -> set[int]:
