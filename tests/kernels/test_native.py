@@ -88,14 +88,48 @@ def test_rope_on_strided_heads(interleaved):
     torch.testing.assert_close(native.apply_rope(x, angles.cos(), angles.sin(), interleaved), want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_write_kv_rounds_like_torch_and_skips(dtype):
     fused = randn(7, 6, 8, 16)
     new, slots = fused[:, 4:6], torch.tensor([3, -1, 0, 9, 5, -1])
     pools = [torch.zeros(12, 2, 16, dtype=dtype) for _ in range(2)]
     native.write_kv(new, pools[0], slots)
     reference.write_kv(new, pools[1], slots)
-    assert torch.equal(*pools)
+    assert torch.equal(*(pool.float() for pool in pools))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(width=32, allow_infinity=True, allow_nan=True), min_size=1, max_size=40))
+def test_float8_codes_are_those_of_torch(values):
+    """Rounded as torch rounds (to nearest, ties to even), but what is too large for e4m3 becomes its largest number."""
+    x = torch.tensor(values, dtype=torch.float32).view(1, 1, -1)
+    pool = torch.zeros(1, 1, x.shape[2], dtype=torch.float8_e4m3fn)
+    native.write_kv(x, pool, torch.zeros(1, dtype=torch.int64))
+    want = x.clamp(-448, 448).to(torch.float8_e4m3fn)
+    nan = x.isnan()
+    assert torch.equal(pool.view(torch.uint8)[~nan], want.view(torch.uint8)[~nan]) and pool.float()[nan].isnan().all()
+
+
+def test_every_float8_value_and_every_tie_is_written_and_read():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    finite = codes[~codes.isnan()].sort().values
+    points = torch.cat((codes, (finite[1:] + finite[:-1]) / 2, finite * 0.999, finite * 1.001, finite * 1.04))
+    pool = torch.zeros(1, 1, len(points), dtype=torch.float8_e4m3fn)
+    native.write_kv(points.view(1, 1, -1), pool, torch.zeros(1, dtype=torch.int64))
+    want = points.clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(
+        pool.flatten().view(torch.uint8) | points.isnan() * 128, want.view(torch.uint8) | points.isnan() * 128
+    )
+    # One key and one query of ones: the output is the value row as it was read.
+    arguments = build_single(pool.view(1, 1, -1))
+    torch.testing.assert_close(native.paged_attention(*arguments)[0, 0], want.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def build_single(values):
+    """Arguments of attention in which one query sees one slot."""
+    q, k = torch.ones(1, 1, 8), torch.ones(1, 1, 8).to(values.dtype)
+    one = torch.zeros(1, dtype=torch.int32)
+    return q, k, values, one.view(1, 1), ragged_starts([1]), one, torch.zeros(1, dtype=torch.int64), 1, 1.0
 
 
 @st.composite
@@ -111,7 +145,7 @@ def attention_cases(draw):
         block_size=draw(st.sampled_from([1, 4, 16])),
         window=draw(st.sampled_from([None, None, 1, 7, 50])),
         softcap=draw(st.sampled_from([None, 5.0])),
-        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e4m3fn])),
         latent=draw(st.booleans()),
         tree=draw(st.booleans()),
         seed=draw(st.integers(0, 99)),

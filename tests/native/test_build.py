@@ -39,7 +39,17 @@ def test_processes_share_one_build(source):
         libraries = set(pool.map(_build, [str(source)] * 3))
     assert len(libraries) == 1
     assert ctypes.CDLL(libraries.pop()).answer() == 9
-    assert not list(build.cache_dir().glob("*.tmp"))
+    assert {path.suffix for path in build.cache_dir().iterdir()} == {".so", ".lock"}  # nothing half done is left
+
+
+def test_several_sources_are_one_library(source):
+    caller = source.parent / "caller.cpp"
+    caller.write_text('extern "C" int answer();\nextern "C" int twice() { return 2 * answer(); }\n')
+    assert build.load("both", [source, caller], ["-DVALUE=21"]).twice() == 42
+    caller.write_text("int broken( {}")
+    with pytest.raises(BuildError, match="caller.cpp.*error"):
+        build.build("both", [source, caller], ["-DVALUE=21"])
+    assert {path.suffix for path in build.cache_dir().iterdir()} == {".so", ".lock"}
 
 
 def test_a_compile_error_is_quoted(source):

@@ -66,6 +66,28 @@ def test_logprobs_have_the_same_bits_in_any_batch(tiny_dir, dtype):
     assert logprobs(crowded, PROMPTS) == alone
 
 
+def test_a_float8_cache_holds_twice_as_much_and_stays_near(tiny_dir):
+    """Its log-probabilities are those of the wider cache within its rounding, in whatever chunks the prompt comes."""
+    options = {"dtype": "bfloat16", "kv_cache_memory": 1 << 16}
+    wide, narrow = LLM(str(tiny_dir), **options), LLM(str(tiny_dir), kv_cache_dtype="fp8", **options)
+    assert narrow.engine.core.runner.blocks.num_blocks == 2 * wide.engine.core.runner.blocks.num_blocks
+    chunked = LLM(str(tiny_dir), dtype="bfloat16", kv_cache_dtype="fp8", max_num_batched_tokens=16, block_size=4)
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+
+    def logprobs(llm):
+        return [
+            next(iter(entry.values())).logprob
+            for output in llm.generate(PROMPTS, params)
+            for entry in output.prompt_logprobs[1:]
+        ]
+
+    exact, rounded = np.array(logprobs(wide)), np.array(logprobs(narrow))
+    assert 0 < np.abs(exact - rounded).mean() < 0.1
+    assert np.allclose(logprobs(chunked), rounded, atol=0.02)
+    with pytest.raises(UsageError, match="kv_cache_dtype 'int3' is unknown"):
+        LLM(str(tiny_dir), kv_cache_dtype="int3")
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     order=st.permutations(range(len(PROMPTS))),

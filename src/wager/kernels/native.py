@@ -1,4 +1,5 @@
-"""The C++ forms of the operators: float32 activations on a CPU, weights and pools in float32 or bfloat16.
+"""The C++ forms of the operators: float32 activations on a CPU, weights and pools in float32 or bfloat16,
+pools also in float8 (e4m3).
 
 Shape legend: T tokens, D width, I/O linear input/output, H query heads, G key/value heads, K key width, V value width, S pool slots, R pairs.
 """
@@ -48,6 +49,7 @@ SOURCES = [
 ]
 MARCH = build.LEVELS
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+POOL_SUFFIX = {**SUFFIX, torch.float8_e4m3fn: "fp8"}
 LINEAR_SUFFIX = {**SUFFIX, torch.float16: "f16"}
 
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
@@ -63,13 +65,16 @@ _SIGNATURES = {
     "wager_layer_norm_bf16": (_P, _L, _P, _P, _P, _P, _L, _L, _F, _P, _I),
     "wager_rope_write_f32": (_P,),
     "wager_rope_write_bf16": (_P,),
+    "wager_rope_write_fp8": (_P,),
     "wager_silu_mul": (_P, _L, _L, _P, _I),
     "wager_gelu_tanh_mul": (_P, _L, _L, _P, _I),
     "wager_rope": (_P, _L, _L, _P, _P, _L, _L, _L, _L, _I, _P, _I),
     "wager_write_f32": (_P, _L, _P, _L, _L, _P, _I),
     "wager_write_bf16": (_P, _L, _P, _L, _L, _P, _I),
+    "wager_write_fp8": (_P, _L, _P, _L, _L, _P, _I),
     "wager_attention_f32": (_P,),
     "wager_attention_bf16": (_P,),
+    "wager_attention_fp8": (_P,),
     **SIGNATURES,
 }
 
@@ -223,7 +228,7 @@ def apply_rope(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool 
 
 def write_kv(new_TGK: Tensor, pool_SGK: Tensor, slots_T: Tensor) -> None:
     new = new_TGK if new_TGK.stride(-1) == 1 and new_TGK.stride(1) == new_TGK.shape[2] else new_TGK.contiguous()
-    function = getattr(library(), f"wager_write_{SUFFIX[pool_SGK.dtype]}")
+    function = getattr(library(), f"wager_write_{POOL_SUFFIX[pool_SGK.dtype]}")
     width = pool_SGK.shape[1] * pool_SGK.shape[2]
     function(
         new.data_ptr(),
@@ -246,7 +251,7 @@ def rope_write(
         *(t.data_ptr() for t in (q, k, v, cos, sin, slots, y_THK, k_pool_SGK, v_pool_SGV)), q.stride(0), k.stride(0), v.stride(0),
         len(slots), q.shape[1], k.shape[1], k.shape[2], v.shape[2], cos.shape[1], int(interleaved), torch.get_num_threads(),
     )  # fmt: skip
-    getattr(library(), f"wager_rope_write_{SUFFIX[k_pool_SGK.dtype]}")(ctypes.byref(arguments))
+    getattr(library(), f"wager_rope_write_{POOL_SUFFIX[k_pool_SGK.dtype]}")(ctypes.byref(arguments))
     return y_THK
 
 
@@ -284,7 +289,7 @@ def paged_attention(
         block_size, window or 0, 0 if mask is None else mask.shape[1],
         scale, softcap or 0.0, torch.get_num_threads(),
     )  # fmt: skip
-    getattr(library(), f"wager_attention_{SUFFIX[k_pool_SGK.dtype]}")(ctypes.byref(arguments))
+    getattr(library(), f"wager_attention_{POOL_SUFFIX[k_pool_SGK.dtype]}")(ctypes.byref(arguments))
     return out_THV
 
 

@@ -91,9 +91,13 @@ def apply_rope(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool 
 
 
 def write_kv(new_TGK: Tensor, pool_SGK: Tensor, slots_T: Tensor) -> None:
-    """Store each token's row in its pool slot; slot -1 stores nothing."""
+    """Store each token's row in its pool slot; slot -1 stores nothing. A float8 pool takes what is too large as its largest number."""
     keep = slots_T >= 0
-    pool_SGK[slots_T[keep]] = new_TGK[keep].to(pool_SGK.dtype)
+    new = new_TGK[keep]
+    if pool_SGK.dtype.itemsize == 1:
+        most = torch.finfo(pool_SGK.dtype).max
+        new = new.clamp(-most, most)
+    pool_SGK[slots_T[keep]] = new.to(pool_SGK.dtype)
 
 
 def rope_write(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -149,10 +149,12 @@ def usual_mode(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def _form(name: str, x: Tensor, *others: Tensor) -> Callable[..., Any]:
-    """The function that serves these tensors; gradients and unknown dtypes go to the reference."""
+def _form(
+    name: str, x: Tensor, *others: Tensor, dtypes: Mapping[torch.dtype, str] = native.SUFFIX
+) -> Callable[..., Any]:
+    """The function that serves these tensors; gradients and dtypes that are not among `dtypes` go to the reference."""
     if x.device.type == "cpu":
-        known = all(t.dtype in native.SUFFIX and not t.requires_grad for t in others)
+        known = all(t.dtype in dtypes and not t.requires_grad for t in others)
         return getattr(native if known and _use_native(x) else reference, name)
     forms = gpu_forms() if x.device.type == "cuda" and not any(t.requires_grad for t in (x, *others)) else None
     return getattr(forms or reference, name)
@@ -179,11 +181,12 @@ apply_rope = _either("apply_rope")
 
 
 def write_kv(new_TGK: Tensor, pool_SGK: Tensor, slots_T: Tensor) -> None:
-    _form("write_kv", new_TGK, pool_SGK)(new_TGK, pool_SGK, slots_T)
+    _form("write_kv", new_TGK, pool_SGK, dtypes=native.POOL_SUFFIX)(new_TGK, pool_SGK, slots_T)
 
 
 def paged_attention(q_THK: Tensor, k_pool_SGK: Tensor, v_pool_SGV: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _form("paged_attention", q_THK, k_pool_SGK)(q_THK, k_pool_SGK, v_pool_SGV, *args, **kwargs)
+    form = _form("paged_attention", q_THK, k_pool_SGK, dtypes=native.POOL_SUFFIX)
+    return form(q_THK, k_pool_SGK, v_pool_SGV, *args, **kwargs)
 
 
 def rope_write(
@@ -196,7 +199,7 @@ def rope_write(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    form = _form("rope_write", q_THK, k_TGK, v_TGV, k_pool_SGK)
+    form = _form("rope_write", q_THK, k_TGK, v_TGV, k_pool_SGK, dtypes=native.POOL_SUFFIX)
     return form(q_THK, k_TGK, v_TGV, cos_TR, sin_TR, k_pool_SGK, *args, **kwargs)
 
 

@@ -1,7 +1,7 @@
 """The build service: C++ sources in, a loaded shared library out.
 
-Libraries are named by a hash over sources, flags, compiler and CPU, so a stale one can never be loaded. Concurrent processes build under a
-lock and publish by renaming. Functions have a plain C interface and are called through ctypes, which releases the interpreter lock.
+Libraries are named by a hash over sources, flags, compiler and CPU, so a stale one can never be loaded. The sources of a library are compiled
+side by side. Concurrent processes build under a lock and publish by renaming. Functions have a plain C interface and are called through ctypes, which releases the interpreter lock.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -26,7 +28,8 @@ LEVELS = {
     "baseline": "x86-64",
 }  # name to the compiler's -march
 NEEDS = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}, "avx2": {"avx2", "fma", "bmi2", "f16c"}}
-BASE_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-fopenmp")
+BASE_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-pthread", "-fopenmp")
+COMPILE_LIMIT_S = 1800  # of one source; minutes even where other work leaves the compiler a tenth of a core
 
 
 def load(name: str, sources: Sequence[Path], flags: Sequence[str] = (), march: str = "native") -> ctypes.CDLL:
@@ -110,21 +113,30 @@ def cache_dir() -> Path:
 
 
 def _compile(compiler: str, flags: Sequence[str], sources: Sequence[Path], library: Path) -> None:
-    temporary = library.with_suffix(f".{os.getpid()}.tmp")
-    command = [compiler, *flags, *map(str, sources), "-o", str(temporary)]
+    """Objects side by side, then the library, which appears whole or not at all."""
+    with tempfile.TemporaryDirectory(prefix=f".{library.stem}-", dir=library.parent) as scratch:
+        objects = [Path(scratch) / f"{number}-{source.stem}.o" for number, source in enumerate(sources)]
+
+        def compile_one(source: Path, target: Path) -> None:
+            _run([compiler, *flags, "-c", str(source), "-o", str(target)], library)
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(compile_one, sources, objects))
+        linked = Path(scratch) / library.name
+        _run([compiler, *flags, "-shared", *map(str, objects), "-o", str(linked)], library)
+        linked.replace(library)
+
+
+def _run(command: Sequence[str], library: Path) -> None:
+    """Raises BuildError with the compiler's first complaint."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_LIMIT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{compiler} could not be run: {error}") from None
+        raise BuildError(f"{command[0]} could not be run: {error}") from None
     if done.returncode != 0:
-        temporary.unlink(missing_ok=True)
-        complaints = (
-            [line for line in done.stderr.splitlines() if "error:" in line]
-            or done.stderr.splitlines()
-            or ["no message"]
-        )
-        raise BuildError(f"{compiler} failed on {library.stem}: {complaints[0]}")
-    temporary.replace(library)
+        lines = done.stderr.splitlines()
+        complaints = [line for line in lines if "error:" in line] or lines or ["no message"]
+        raise BuildError(f"{command[0]} failed on {library.stem}: {complaints[0]}")
 
 
 @contextmanager

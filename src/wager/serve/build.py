@@ -203,7 +203,7 @@ def decide_limits(config: EngineConfig, model: Model, device: torch.device) -> L
 
 def build_runner(model: Model, config: EngineConfig, limits: Limits, device: torch.device) -> ModelRunner:
     """Size the KV pools and put the model over them."""
-    dtype = model.dtype
+    dtype = kv_dtype(config, model, device)
     groups = groups_for(model.attention)
     per_block = KVPool.bytes_per_block(model.attention, config.block_size, dtype)
     per_sequence = -(-limits.max_model_len // config.block_size)
@@ -225,6 +225,17 @@ def build_runner(model: Model, config: EngineConfig, limits: Limits, device: tor
     blocks = BlockManager(groups, num_blocks, config.block_size, config.enable_prefix_caching)
     pool = KVPool(model.attention, groups, num_blocks, config.block_size, dtype, device)
     return ModelRunner(model, pool, blocks)
+
+
+def kv_dtype(config: EngineConfig, model: Model, device: torch.device) -> torch.dtype:
+    if config.kv_cache_dtype == "auto":
+        return model.dtype
+    if device.type != "cpu":
+        raise UsageError(
+            f"kv_cache_dtype {config.kv_cache_dtype!r} is served on CPUs; use auto on {device.type}",
+            param="kv_cache_dtype",
+        )
+    return torch.float8_e4m3fn
 
 
 def build_draft(

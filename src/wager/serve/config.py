@@ -10,6 +10,7 @@ from wager.errors import UsageError
 
 POLICIES = ("fcfs", "priority", "longest-prefix")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 
 METHODS = ("draft_model", "sequoia", "specinfer", "specexec", "suffix", "ngram")
@@ -160,6 +161,7 @@ class EngineConfig:
         max_model_len: longest prompt plus output in tokens; None takes the checkpoint's limit.
         max_num_seqs: requests that may run at once. None: 128 on a CPU, 256 on a GPU.
         max_num_batched_tokens: tokens of one step. None: 512 on a CPU, 4096 on a GPU.
+        kv_cache_dtype: "auto", the weights' own, or "fp8": keys and values rounded to e4m3, on a CPU.
         kv_cache_memory: bytes for the KV pools, or "auto": what max_num_seqs full-length requests could use, at most 30 % of free memory.
         max_queue: requests that may wait; one more is refused with CapacityError.
         long_prefill_threshold: most prompt tokens of one request in one step, 0 is no limit.
@@ -179,6 +181,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    kv_cache_dtype: str = "auto"
     kv_cache_memory: int | str = "auto"
     block_size: int = 16
     enable_prefix_caching: bool = True
@@ -203,6 +206,11 @@ class EngineConfig:
         object.__setattr__(self, "speculative_config", SpeculativeConfig.parse(self.speculative_config))
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}", param="dtype")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise UsageError(
+                f"kv_cache_dtype {self.kv_cache_dtype!r} is unknown; use one of {', '.join(KV_CACHE_DTYPES)}",
+                param="kv_cache_dtype",
+            )
         if self.pooling not in ("mean", "last"):
             raise UsageError(f"pooling {self.pooling!r} is unknown; use mean or last", param="pooling")
         if self.scheduling_policy not in POLICIES:

@@ -157,7 +157,13 @@ QUANTIZATION = (
         (LOADER + "test_half_precision_serves_what_float32_does_within_rounding", LOADER + "test_dtype_is_the_checkpoints_or_the_callers"),
         note="the checkpoint's own precision unless dtype says otherwise",
     ),
-    absent("kv_quantization", "system/quantization", "quantized KV cache", "the cache keeps the model's precision"),
+    Feature(
+        "kv_quantization", "system/quantization", "keys and values in float8 (e4m3)", APPROX, ("kv_cache_dtype",),
+        "wager.serve.build:kv_dtype",
+        (NATIVE + "test_float8_codes_are_those_of_torch", NATIVE + "test_attention_equals_the_reference",
+         ENGINE + "test_a_float8_cache_holds_twice_as_much_and_stays_near"),
+        enabled_when=lambda c: c.kv_cache_dtype == "fp8",
+    ),
     Feature(
         "w8a8", "system/quantization", "int8 activations (w8a8, w4a8) and bfloat16 ones (w16a16)", APPROX, ("quantization",),
         "wager.kernels.quantize:round_activations", QUANTIZED, note="int8 values with a scale per group of inputs; no fp8",

@@ -325,4 +325,5 @@ static void attention(const Args& a) {
 extern "C" {
 void wager_attention_f32(const Args* a) { attention<float>(*a); }
 void wager_attention_bf16(const Args* a) { attention<bf16>(*a); }
+void wager_attention_fp8(const Args* a) { attention<fp8>(*a); }
 }

@@ -120,9 +120,7 @@ template <typename E>
 static void write_rows(const float* x, long token_stride, const int64_t* slots, long tokens, long width, E* pool, int threads) {
     each_row(threads, tokens, width, [&](long t) {
         if (slots[t] < 0) return;
-        E* to = pool + slots[t] * width;
-        const float* from = x + t * token_stride;
-        for (long d = 0; d < width; d++) narrow(from[d], to + d);
+        narrow_n(x + t * token_stride, width, pool + slots[t] * width);
     });
 }
 
@@ -143,6 +141,7 @@ void wager_layer_norm_bf16(const float* x, long stride, const float* residual, f
 }
 void wager_rope_write_f32(const RopeWrite* a) { rope_write<float>(*a); }
 void wager_rope_write_bf16(const RopeWrite* a) { rope_write<bf16>(*a); }
+void wager_rope_write_fp8(const RopeWrite* a) { rope_write<fp8>(*a); }
 void wager_silu_mul(const float* gate_up, long rows, long width, float* y, int threads) { gated<Silu>(gate_up, rows, width, y, threads); }
 void wager_gelu_tanh_mul(const float* gate_up, long rows, long width, float* y, int threads) { gated<GeluTanh>(gate_up, rows, width, y, threads); }
 void wager_rope(const float* x, long token_stride, long head_stride, const float* cos, const float* sin, long tokens, long heads, long pairs, long width, int interleaved, float* y, int threads) {
@@ -155,6 +154,9 @@ void wager_write_f32(const float* x, long token_stride, const int64_t* slots, lo
     write_rows(x, token_stride, slots, tokens, width, pool, threads);
 }
 void wager_write_bf16(const float* x, long token_stride, const int64_t* slots, long tokens, long width, bf16* pool, int threads) {
+    write_rows(x, token_stride, slots, tokens, width, pool, threads);
+}
+void wager_write_fp8(const float* x, long token_stride, const int64_t* slots, long tokens, long width, fp8* pool, int threads) {
     write_rows(x, token_stride, slots, tokens, width, pool, threads);
 }
 // Sum of float32 values, whole blocks of 8 vectors: streams memory once, for the bandwidth measurement.

@@ -20,7 +20,12 @@ typedef uint32_t vu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 
+typedef uint8_t vb __attribute__((vector_size(VL), aligned(1), may_alias));
+
 typedef uint16_t bf16;  // the upper half of a float's bits
+struct fp8 {            // e4m3: sign, 4 bits of exponent around 7, 3 of mantissa; up to 448, no infinity, 0x7f is NaN
+    uint8_t bits;
+};
 
 static inline vf load(const float* p) { return *(const vf*)p; }
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -40,11 +45,30 @@ static inline vf load_half(const uint16_t* p) {
     return (vf)(((h & 0x7c00u) == 0x7c00u ? bits | 0x7f800000u : finite) | (h & 0x8000u) << 16);
 #endif
 }
+static inline vf load(const fp8* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    vu code = (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    vu code = __builtin_convertvector(*(const vb*)p, vu);
+#endif
+    vu size = code & 0x7fu, finite = (vu)((vf)(size << 20) * 0x1p120f);  // also subnormal numbers: the product is exact
+    return (vf)((size == 0x7fu ? vu{} + 0x7fc00000u : finite) | (code & 0x80u) << 24);
+}
 static inline void store(float* p, vf v) { *(vf*)p = v; }
 static inline float widen(float x) { return x; }
 static inline float widen(bf16 x) {
     uint32_t bits = (uint32_t)x << 16;
     float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+static inline float widen(fp8 x) {
+    uint32_t size = x.bits & 0x7fu, sign = (x.bits & 0x80u) << 24, bits = size << 20;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    f *= 0x1p120f;
+    std::memcpy(&bits, &f, 4);
+    bits = (size == 0x7fu ? 0x7fc00000u : bits) | sign;
     std::memcpy(&f, &bits, 4);
     return f;
 }
@@ -59,6 +83,25 @@ static inline void narrow(float x, bf16* out) {  // round to nearest, ties to ev
     *out = (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// The codes of a vector in e4m3: to nearest, ties to even; what is too large becomes the largest number, NaN stays NaN.
+static inline vu fp8_codes(vf x) {
+    vu bits = (vu)x, size = bits & 0x7fffffffu;
+    vu normal = ((size + 0x7ffffu + ((size >> 20) & 1u)) >> 20) - (120u << 3);
+    vf tiny = (vf)size * 512.0f + 12582912.0f;  // in steps of 2^-9, rounded by the addition
+    vu code = size < 0x3c800000u ? (vu)tiny & 0xffu : normal;
+    code = size > 0x43e00000u ? vu{} + 0x7eu : code;  // beyond 448
+    return (size > 0x7f800000u ? vu{} + 0x7fu : code) | (bits >> 24 & 0x80u);
+}
+static inline void narrow_n(const float* from, long count, fp8* to) {
+    long i = 0;
+    for (; i + VL <= count; i += VL) *(vb*)(to + i) = __builtin_convertvector(fp8_codes(load(from + i)), vb);
+    for (; i < count; i++) {
+        vf one{};
+        one[0] = from[i];
+        to[i].bits = (uint8_t)fp8_codes(one)[0];
+    }
+}
+static inline void narrow(float x, fp8* out) { narrow_n(&x, 1, out); }
 static inline void narrow_n(const float* from, long count, float* to) { std::memcpy(to, from, count * 4); }
 static inline void narrow_n(const float* from, long count, bf16* to) {
     long i = 0;

@@ -222,7 +222,7 @@ class TensorParallelRunner(ModelRunner):
         self.team = team
         block_size = self.blocks.block_size
         num_blocks = [len(self.pool.k[group.layers[0]]) // block_size for group in self.blocks.groups]
-        team.send(("pool", num_blocks, block_size))
+        team.send(("pool", num_blocks, block_size, self.pool.k[0].dtype))
 
     def run(self, batch: Batch, copies: Sequence[tuple[int, int, int]]) -> Tensor:
         if batch.adapters is not None:
@@ -253,8 +253,8 @@ def work(pipe: Connection) -> None:
         except EOFError:
             return
         if kind == "pool":
-            num_blocks, block_size = rest
-            pool = KVPool(model.attention, groups, num_blocks, block_size, model.dtype)
+            num_blocks, block_size, dtype = rest
+            pool = KVPool(model.attention, groups, num_blocks, block_size, dtype)
         elif kind == "move":
             assert pool is not None
             pool.move(*rest)
