@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wager.detect.bond.graph import Graph, Product
+from wager.detect.bond.masks import Mask, MaskedRows
 from wager.native import build
 
 TINY = 1e-24
@@ -135,50 +136,15 @@ def double_error(attribute_N: Tensor, structure_N: Tensor, weight: float | str) 
 
 
 def dropped_rows(
-    structure: Structure,
-    h_NH: Tensor,
-    w_NH: Tensor,
-    share: float,
-    generator: torch.Generator,
-    block: int = 1024,
-    drawn: bool = True,
+    structure: Structure, h_NH: Tensor, w_NH: Tensor, share: float, generator: torch.Generator, drawn: bool = True
 ) -> Tensor:
     """Squared error of each row of S against dropout(h w^T). Without dropout this is `linear_rows`.
 
-    drawn: a mask for every pair, in blocks of rows that are made twice, O(N^2) time. Otherwise the mean over all masks, which needs none:
+    drawn: a mask for every pair, O(share N^2 H) time (`masks`). Otherwise the mean over all masks, which needs none:
     E (m o / (1 - p) - s)^2 = o^2 / (1 - p) - 2 o s + s^2, O(E H + N H^2).
     """
     if not drawn or share == 0:
         return linear_rows(structure, h_NH, w_NH, 1 / (1 - share))
-    seed = int(torch.randint(2**62, (1,), generator=generator))
-    return _DroppedRows.apply(h_NH, w_NH, structure, share, seed, block)  # type: ignore[return-value]
-
-
-class _DroppedRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, w: Tensor, structure: Structure, share: float, seed: int, block: int) -> Tensor:
-        ctx.save_for_backward(h, w)
-        ctx.settings = structure, share, seed, block
-        blocks = range(0, len(h), block)
-        return torch.cat([(_difference(h, w, structure, share, seed, i, block)[0] ** 2).sum(1) for i in blocks])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        (h, w), (structure, share, seed, block) = ctx.saved_tensors, ctx.settings
-        out_h, out_w = torch.zeros_like(h), torch.zeros_like(w)
-        for i in range(0, len(h), block):
-            difference, mask = _difference(h, w, structure, share, seed, i, block)
-            slope = 2 * difference * mask * grads[0][i : i + block, None]
-            out_h[i : i + block] = slope @ w
-            out_w += slope.T @ h[i : i + block]
-        return out_h, out_w, None, None, None, None
-
-
-def _difference(
-    h: Tensor, w: Tensor, structure: Structure, share: float, seed: int, start: int, block: int
-) -> tuple[Tensor, Tensor]:
-    rows = h[start : start + block]
-    generator = torch.Generator().manual_seed(seed + start)
-    mask = (torch.rand(len(rows), len(w), generator=generator) >= share) / (1 - share)
-    dense = torch.from_numpy(structure.product.matrix[start : start + block].toarray())
-    return (rows @ w.T) * mask - dense, mask
+    mask = Mask.drawn(len(h_NH), share, generator)
+    rows = MaskedRows.apply(h_NH, w_NH, structure.product.matrix, structure.square_N, mask)
+    return rows.clamp(min=TINY)  # type: ignore[union-attr]
