@@ -75,9 +75,9 @@ class DONE(DeepGraphDetector):
     def terms(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, ...]:
         """(dx, ds, dna, dns, h_a, h_s): errors, disagreement with neighbours, embeddings."""
         assert state.mean_in is not None
-        h_a = model["encoder_a"](state.graph.x)
+        h_a = model["encoder_a"](state.graph.input)
         dx = attribute_rows(state.graph.x, model["decoder_a"](h_a))
-        h_s = model["encoder_s"].sparse_input(state.structure.product)
+        h_s = model["encoder_s"](state.structure.product)
         last = model["decoder_s"].layers[-1]
         assert isinstance(last, Linear) and last.bias is not None
         hidden = model["decoder_s"].hidden(h_s)
@@ -243,7 +243,7 @@ class GAAN(DeepGraphDetector):
     def step(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x = state.graph.x
         made = model["generator"](torch.randn(len(x), self.noise_dim, generator=generator))
-        z, z_made = model["discriminator"](x), model["discriminator"](made)
+        z, z_made = model["discriminator"](state.graph.input), model["discriminator"](made)
         self._adversary.zero_grad()
         self.judged(state, z_made, True).backward(retain_graph=True)
         self._adversary.step()

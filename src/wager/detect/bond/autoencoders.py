@@ -76,7 +76,7 @@ class GAE(DeepGraphDetector):
         return State(graph, graph.gcn(), Structure(graph) if self.recon_s else None)
 
     def step(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        out = model["decoder"](model["encoder"](state.graph.x, state.spread), state.spread)
+        out = model["decoder"](model["encoder"](state.graph.input, state.spread), state.spread)
         if state.structure is None:
             score = (state.graph.x - out).square().mean(1)
         else:
@@ -125,7 +125,7 @@ class DOMINANT(DeepGraphDetector):
     def rows(self, model: Any, state: State) -> tuple[Tensor, Tensor]:
         """(scores, embeddings) of the nodes that are scored."""
         assert state.structure is not None
-        h = model["encoder"](state.graph.x, state.spread)
+        h = model["encoder"](state.graph.input, state.spread)
         out = model["attributes"](h, state.spread)
         z = model["structure"](h, state.spread)
         error_s = (sigmoid_rows if self.sigmoid_s else linear_rows)(state.structure, z)
@@ -250,10 +250,11 @@ class AnomalyDAE(DeepGraphDetector):
     def step(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         assert state.structure is not None
         x = state.graph.x
-        h = dropout(F.relu(model["input"](x)), self.dropout, generator)
+        h = dropout(F.relu(model["input"](state.graph.input)), self.dropout, generator)
         z = model["attention"](h, state.extra)
         weight = model["columns"].weight if state.graph.ids is None else model["columns"].weight[:, state.graph.ids]
-        columns = dropout(F.relu(F.linear(x.T, weight, model["columns"].bias)), self.dropout, generator)
+        across = state.graph.attributes_T(weight.T) + model["columns"].bias
+        columns = dropout(F.relu(across), self.dropout, generator)
         columns = dropout(model["columns_out"](columns), self.dropout, generator)
         error_a = attribute_rows(x, z @ columns.T, self.eta / (1 + self.eta))
         error_s = sigmoid_rows(state.structure, z, self.theta / (1 + self.theta))
@@ -306,7 +307,7 @@ class GUIDE(DeepGraphDetector):
 
     def step(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         motifs, edges = state.extra
-        out_a = model["decoder_a"](model["encoder_a"](state.graph.x, state.spread), state.spread)
+        out_a = model["decoder_a"](model["encoder_a"](state.graph.input, state.spread), state.spread)
         out_s = model["decoder_s"](model["encoder_s"](motifs, edges), edges)
         head = state.graph.head
         score = double_error(

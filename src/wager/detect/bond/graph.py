@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from wager.errors import UsageError
 
+SPARSE_SHARE = 0.05  # of attributes that are not zero: below it a sparse product is the quicker one
 
 @dataclass(frozen=True)
 class Graph:
@@ -61,6 +63,26 @@ class Graph:
     @property
     def nodes(self) -> int:
         return len(self.x)
+
+    @cached_property
+    def attributes(self) -> Callable[[Tensor], Tensor]:
+        """x times a dense matrix; as a sparse product where few attributes are set."""
+        return Product(self._sparse_x) if self._sparse_x is not None else lambda dense_DH: self.x @ dense_DH
+
+    @cached_property
+    def attributes_T(self) -> Callable[[Tensor], Tensor]:
+        """x^T times a dense matrix."""
+        return Product(self._sparse_x.T) if self._sparse_x is not None else lambda dense_NH: self.x.T @ dense_NH
+
+    @cached_property
+    def input(self) -> Tensor | Product:
+        """x as the first layer of a network takes it."""
+        return self.x if self._sparse_x is None else Product(self._sparse_x)
+
+    @cached_property
+    def _sparse_x(self) -> Any:
+        few = int(torch.count_nonzero(self.x)) < SPARSE_SHARE * self.x.numel()
+        return sparse.csr_matrix(self.x.numpy()) if few else None
 
     def both_directions(self) -> Graph:
         """The same graph with every edge in both directions once."""
