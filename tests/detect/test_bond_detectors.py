@@ -235,3 +235,13 @@ def test_gaan_judges_rows_as_dense_indexing_does():
     a = torch.sigmoid(z @ z.T)[g.edge_index]
     wanted = torch.nn.functional.binary_cross_entropy(a, torch.zeros_like(a))
     assert torch.allclose(det.judged(det.state(g), z, False), wanted, rtol=1e-3)  # its sigmoid saturates, ours does not
+
+
+@pytest.mark.parametrize("name", [n for n, entry in protocol.DETECTORS.items() if entry.learns])
+def test_sparse_attributes_train_as_dense_ones(name, monkeypatch):
+    x = (torch.rand(90, 60, generator=torch.Generator().manual_seed(0)) < 0.04).float()
+    edges = torch.randint(90, (2, 300), generator=torch.Generator().manual_seed(1))
+    fast = make(name, dropout=0.0, epoch=2).fit(Graph(x, edges)).decision_score_
+    monkeypatch.setattr("wager.detect.bond.graph.SPARSE_SHARE", 0.0)
+    slow = make(name, dropout=0.0, epoch=2).fit(Graph(x, edges)).decision_score_
+    assert torch.allclose(slow, fast, rtol=2e-3)  # Adam makes steps of rounding where a gradient is nearly zero

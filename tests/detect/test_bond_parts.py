@@ -291,3 +291,21 @@ def test_graphs_are_checked(tmp_path):
         with pytest.raises(UsageError, match=message):
             Graph.of(bad)
     assert Graph.of({"x": x, "edge_index": e}).both_directions().edge_index.shape[1] == 4
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.5, 0.9]))
+def test_sparse_attributes_have_the_dense_error(seed, positive):
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, 30, generator=random) * (torch.rand(40, 30, generator=random) < 0.04)
+    g = Graph(x, torch.zeros(2, 1, dtype=torch.long))
+    entries = losses.sparse_attributes(g)
+    assert entries is not None and losses.sparse_attributes(Graph(x + 1, g.edge_index)) is None
+    same(g.input(torch.eye(30)), x)
+    w = torch.randn(30, 4, generator=random)
+    h = torch.randn(40, 4, generator=random)
+    pair_of_gradients(
+        lambda h, w: losses.weighted_rows(entries, h, w, positive),
+        lambda h, w: losses.attribute_rows(x, h @ w.T, positive),
+        h,
+        w,
+    )

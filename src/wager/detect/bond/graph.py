@@ -33,6 +33,7 @@ class Graph:
     ids: Tensor | None = field(default=None, compare=False)
     leading: int | None = field(default=None, compare=False)
     complete: bool = True
+    made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what others derive from it, once
 
     @staticmethod
     def of(data: Any) -> Graph:
@@ -67,20 +68,21 @@ class Graph:
     @cached_property
     def attributes(self) -> Callable[[Tensor], Tensor]:
         """x times a dense matrix; as a sparse product where few attributes are set."""
-        return Product(self._sparse_x) if self._sparse_x is not None else lambda dense_DH: self.x @ dense_DH
+        return Product(self.sparse_x) if self.sparse_x is not None else lambda dense_DH: self.x @ dense_DH
 
     @cached_property
     def attributes_T(self) -> Callable[[Tensor], Tensor]:
         """x^T times a dense matrix."""
-        return Product(self._sparse_x.T) if self._sparse_x is not None else lambda dense_NH: self.x.T @ dense_NH
+        return Product(self.sparse_x.T) if self.sparse_x is not None else lambda dense_NH: self.x.T @ dense_NH
 
     @cached_property
     def input(self) -> Tensor | Product:
         """x as the first layer of a network takes it."""
-        return self.x if self._sparse_x is None else Product(self._sparse_x)
+        return self.x if self.sparse_x is None else Product(self.sparse_x)
 
     @cached_property
-    def _sparse_x(self) -> Any:
+    def sparse_x(self) -> sparse.csr_matrix | None:
+        """x where few attributes are set, else None."""
         few = int(torch.count_nonzero(self.x)) < SPARSE_SHARE * self.x.numel()
         return sparse.csr_matrix(self.x.numpy()) if few else None
 

@@ -52,8 +52,14 @@ def widths(inputs: int, hidden: int, outputs: int, layers: int) -> list[int]:
     return [inputs, *[hidden] * (layers - 1), outputs]
 
 
+def with_bias(x_NH: Tensor, layer: Linear) -> tuple[Tensor, Tensor]:
+    """x with a column of ones, and the layer's weight with its bias as a column."""
+    assert layer.bias is not None
+    return torch.cat([x_NH, x_NH.new_ones(len(x_NH), 1)], 1), torch.cat([layer.weight, layer.bias[:, None]], 1)
+
+
 class GCN(nn.Module):
-    """Graph convolutions A (x W) + b with ReLU and dropout between them (none after the last)."""
+    """Graph convolutions A (x W) + b with ReLU and dropout between them (none after the last). A meets the narrower of x and x W."""
 
     def __init__(self, sizes: Sequence[int], share: float, generator: torch.Generator):
         super().__init__()
@@ -62,13 +68,32 @@ class GCN(nn.Module):
         self.share, self.generator = share, generator
 
     def forward(self, x: Input, spread: Product) -> Tensor:
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, Linear) and layer.bias is not None
-            x = spread(layer.times(x)) + layer.bias
-            if i + 1 < len(self.layers):
-                x = dropout(F.relu(x), self.share if self.training else 0, self.generator)
-        assert isinstance(x, Tensor)
+        return self.convolve(self.last, self.hidden(x, spread), spread)
+
+    @property
+    def last(self) -> Linear:
+        layer = self.layers[-1]
+        assert isinstance(layer, Linear)
+        return layer
+
+    def hidden(self, x: Input, spread: Product) -> Input:
+        """All but the last layer."""
+        for layer in self.layers[:-1]:
+            assert isinstance(layer, Linear)
+            x = self.convolve(layer, x, spread)
+            x = dropout(F.relu(x), self.share if self.training else 0, self.generator)
         return x
+
+    @staticmethod
+    def convolve(layer: Linear, x: Input, spread: Product) -> Tensor:
+        wider = isinstance(x, Tensor) and layer.weight.shape[0] > layer.weight.shape[1]
+        return layer(spread(x)) if wider else spread(layer.times(x)) + layer.bias  # type: ignore[operator]
+
+    def factors(self, x: Input, spread: Product) -> tuple[Tensor, Tensor]:
+        """(h, w) with the output h w^T, not multiplied."""
+        hidden = self.hidden(x, spread)
+        assert isinstance(hidden, Tensor)
+        return with_bias(spread(hidden), self.last)
 
 
 class MLP(nn.Module):
@@ -88,6 +113,12 @@ class MLP(nn.Module):
         for i, norm in enumerate(self.norms):
             x = self.drop(self.act(norm(self.layers[i](x))))
         return x
+
+    def factors(self, x: Input) -> tuple[Tensor, Tensor]:
+        """(h, w) with the output h w^T before its dropout, not multiplied."""
+        hidden, last = self.hidden(x), self.layers[-1]
+        assert isinstance(hidden, Tensor) and isinstance(last, Linear)
+        return with_bias(hidden, last)
 
     def drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.share if self.training else 0, self.generator)

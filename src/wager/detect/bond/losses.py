@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy import sparse
 from torch import Tensor
 from torch.nn import functional as F
 
 from wager.detect.bond.graph import Graph, Product
+from wager.detect.bond.layers import GCN, MLP
 from wager.detect.bond.masks import Mask, MaskedRows
 from wager.native import build
 
@@ -37,7 +39,18 @@ class Structure:
         self.nodes = graph.nodes
 
 
-def linear_rows(structure: Structure, h_NH: Tensor, w_NH: Tensor | None = None, stretch: float = 1.0) -> Tensor:
+class Entries:
+    """The same of sparse attributes X."""
+
+    def __init__(self, x: sparse.csr_matrix):
+        self.product = Product(x)
+        self.square_N = torch.from_numpy(x.multiply(x).sum(1)).reshape(-1).double()
+        coo = x.tocoo()
+        self.row_E, self.column_E = torch.from_numpy(coo.row).long(), torch.from_numpy(coo.col).long()
+        self.value_E = torch.from_numpy(coo.data)
+
+
+def linear_rows(structure: Structure | Entries, h_NH: Tensor, w_NH: Tensor | None = None, stretch: float = 1.0) -> Tensor:
     """Squared error of each row of S against h w^T (w = h by default), float32; `stretch` multiplies the square of h w^T alone."""
     h = h_NH.double()
     w = h if w_NH is None else w_NH.double()
@@ -126,6 +139,40 @@ def attribute_rows(x_ND: Tensor, out_ND: Tensor, positive: float = 0.5) -> Tenso
     return square.sum(1)
 
 
+def sparse_attributes(graph: Graph) -> Entries | None:
+    """Made once for each graph; None where attributes are dense."""
+    if graph.sparse_x is None:
+        return None
+    if "entries" not in graph.made:
+        graph.made["entries"] = Entries(graph.sparse_x)
+    return graph.made["entries"]
+
+
+def weighted_rows(entries: Entries, h_NH: Tensor, w_DH: Tensor, positive: float) -> Tensor:
+    """`attribute_rows` of sparse x against h w^T, which is computed at the entries of x alone."""
+    if positive == 0.5:
+        return linear_rows(entries, h_NH, w_DH)
+    at = (h_NH[entries.row_E] * w_DH[entries.column_E]).sum(1).double()
+    square = (entries.value_E.double() - at) ** 2
+    on = torch.where(entries.value_E > 0, positive, 1 - positive)
+    h, w = h_NH.double(), w_DH.double()
+    rows = (1 - positive) * ((h @ (w.T @ w)) * h).sum(1)
+    return rows.index_add(0, entries.row_E, on * square - (1 - positive) * at**2).clamp(min=TINY).float()
+
+
+def rebuilt_rows(
+    graph: Graph, decoder: GCN | MLP, h: Tensor, spread: Product | None, generator: torch.Generator
+) -> Tensor:
+    """Squared error of each row of the attributes against the decoder's output, which is not formed where they are sparse."""
+    entries = sparse_attributes(graph)
+    if entries is None:
+        return attribute_rows(graph.x, decoder(h, spread))  # type: ignore[arg-type]
+    if isinstance(decoder, GCN):
+        assert spread is not None
+        return linear_rows(entries, *decoder.factors(h, spread))
+    return dropped_rows(entries, *decoder.factors(h), decoder.share if decoder.training else 0.0, generator)
+
+
 def double_error(attribute_N: Tensor, structure_N: Tensor, weight: float | str) -> Tensor:
     """w |x - x'| + (1 - w) |s - s'| per row. "auto" balances the two by their spread: w = std(s) / (std(x) + std(s)), as published in 2022."""
     a, s = attribute_N.clamp(min=TINY).sqrt(), structure_N.clamp(min=TINY).sqrt()
@@ -136,7 +183,7 @@ def double_error(attribute_N: Tensor, structure_N: Tensor, weight: float | str) 
 
 
 def dropped_rows(
-    structure: Structure, h_NH: Tensor, w_NH: Tensor, share: float, generator: torch.Generator, drawn: bool = True
+    structure: Structure | Entries, h_NH: Tensor, w_NH: Tensor, share: float, generator: torch.Generator, drawn: bool = True
 ) -> Tensor:
     """Squared error of each row of S against dropout(h w^T). Without dropout this is `linear_rows`.
 
