@@ -116,7 +116,7 @@ class Wide:
         n = graph.nodes
         self.parts = [torch.eye(n), torch.zeros(n, n), torch.zeros(n, n)]
         self.x, self.lr, self.weight_decay, self.time = graph.x, lr, weight_decay, 0
-        self.into, self.back = graph.attributes, graph.attributes_T
+        self.dense, self.into, self.back = graph.sparse_x is None, graph.attributes, graph.attributes_T
         self.block = max(1, BLOCK_BYTES // (4 * n))
 
     def step(self, left_ND: Tensor) -> Tensor:
@@ -125,14 +125,18 @@ class Wide:
         n, out, threads = len(self.x), torch.empty_like(self.x), torch.get_num_threads()
         for i in range(0, n, self.block):
             rows = slice(i, i + self.block)
-            slope = (-self.into(left_ND[rows].T.contiguous())).T.contiguous()
+            slope = self.slope(left_ND[rows])
             parts = [part[rows] for part in self.parts]
             _library().wager_adam(
                 *(ctypes.c_void_p(t.data_ptr()) for t in (*parts, slope)), ctypes.c_int64(slope.numel()),
                 ctypes.c_int64(self.time), ctypes.c_double(self.lr), ctypes.c_double(self.weight_decay), ctypes.c_int(threads),
             )  # fmt: skip
-            out[rows] = self.back(parts[0].T).T
+            out[rows] = parts[0] @ self.x if self.dense else self.back(parts[0].T).T
         return out
+
+    def slope(self, left_BD: Tensor) -> Tensor:
+        """-left X^T of some rows."""
+        return (-left_BD) @ self.x.T if self.dense else self.into(-left_BD.T).T.contiguous()
 
 
 def closed_form(
