@@ -123,7 +123,10 @@ def training(peer: Worker, path: Path, epochs: int, repeats: int) -> tuple[list[
         mine = alone(name, str(path), epochs, options)[0]
         memory[f"{name} pygod_bytes"], memory[f"{name} wager_bytes"] = max(theirs_bytes), mine
         memory[f"{name} ratio"] = max(theirs_bytes) / max(mine, 1)
-        say(f"{name}: pygod {max(theirs_bytes) / 1e6:.0f} MB, wager {mine / 1e6:.0f} MB; " + rows_table([asdict(rows[-1])]).splitlines()[-1])
+        say(
+            f"{name}: pygod {max(theirs_bytes) / 1e6:.0f} MB, wager {mine / 1e6:.0f} MB; "
+            + rows_table([asdict(rows[-1])]).splitlines()[-1]
+        )
     return rows, memory
 
 
@@ -152,9 +155,7 @@ def motifs(peer: Worker, data: Path, names: tuple[str, ...], repeats: int) -> li
     return rows
 
 
-def parity(
-    peer: Worker, data: Path, names: Sequence[str], seeds: int, epochs: int
-) -> tuple[list[Row], dict[str, Any]]:
+def parity(peer: Worker, data: Path, names: Sequence[str], seeds: int, epochs: int) -> tuple[list[Row], dict[str, Any]]:
     """Mean AUC over seeds, both with a 95 % interval, same hyper-parameters; `agree` where the intervals meet."""
     rows, found = [], {}
     for name in names:

@@ -1,5 +1,6 @@
 """Exact sparse losses, injection, motif counts, metrics, layers."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import networkx as nx
@@ -13,8 +14,8 @@ from torch.nn import functional as F
 from tests.detect.data import dense, graph
 from wager.detect.bond import Graph, inject, losses
 from wager.detect.bond.adversarial import disagreement
-from wager.detect.bond.masks import Mask
 from wager.detect.bond.layers import GAT, GCN, GNA, Linear, edge_softmax
+from wager.detect.bond.masks import Mask
 from wager.detect.bond.metrics import eval_average_precision, eval_recall_at_k, eval_roc_auc, mean_interval, quality
 from wager.detect.bond.motifs import motif_counts
 from wager.errors import UsageError
@@ -301,6 +302,8 @@ def test_sparse_attributes_have_the_dense_error(seed, positive):
     entries = losses.sparse_attributes(g)
     assert entries is not None and losses.sparse_attributes(Graph(x + 1, g.edge_index)) is None
     same(g.input(torch.eye(30)), x)
+    changed = replace(g, x=g.x * 2)  # a graph made of another one remembers nothing of it
+    assert torch.equal(losses.sparse_attributes(changed).square_N, 4 * entries.square_N)
     w = torch.randn(30, 4, generator=random)
     h = torch.randn(40, 4, generator=random)
     pair_of_gradients(

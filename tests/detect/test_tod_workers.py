@@ -19,7 +19,13 @@ ray = pytest.importorskip("ray")
 @pytest.fixture(scope="module")
 def cluster():
     source = str(Path(__file__).parents[2] / "src")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False, runtime_env={"env_vars": {"PYTHONPATH": source}})
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        runtime_env={"env_vars": {"PYTHONPATH": source}},
+    )
     yield
     ray.shutdown()
 

@@ -275,6 +275,7 @@ def present(rows: list[dict], metric: str, paths: dict[str, Path], plot: Path | 
     leaks = [row for name, path in paths.items() for row in report.leak_rows(name, Graph.of(path))]
     print(report.table([*rows, *leaks], metric))
     print("\nmean±std (max) of the trials in percent; * no better than the leak baseline degree+norm")
+    print(f"{len(rows)} trials took {sum(row.get('seconds', 0.0) for row in rows):.0f} s, each on one thread")
     order, critical = report.ranks(rows, metric)
     if order:
         print(

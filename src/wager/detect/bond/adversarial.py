@@ -18,7 +18,15 @@ from wager.detect.bond.autoencoders import halves
 from wager.detect.bond.base import DeepGraphDetector
 from wager.detect.bond.graph import Graph, Product
 from wager.detect.bond.layers import MLP, widths
-from wager.detect.bond.losses import TINY, Structure, attribute_rows, double_error, dropped_rows, pair_sums, rebuilt_rows
+from wager.detect.bond.losses import (
+    TINY,
+    Structure,
+    attribute_rows,
+    double_error,
+    dropped_rows,
+    pair_sums,
+    rebuilt_rows,
+)
 from wager.errors import UsageError
 
 

@@ -18,6 +18,7 @@ from wager.errors import UsageError
 
 SPARSE_SHARE = 0.05  # of attributes that are not zero: below it a sparse product is the quicker one
 
+
 @dataclass(frozen=True)
 class Graph:
     """x (N, D) float32; edge_index (2, E) int64, source above target, as stored; y (N,) bit 0 contextual, bit 1 structural, or None.
@@ -33,7 +34,7 @@ class Graph:
     ids: Tensor | None = field(default=None, compare=False)
     leading: int | None = field(default=None, compare=False)
     complete: bool = True
-    made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what others derive from it, once
+    made: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)  # what others derive from it, once
 
     @staticmethod
     def of(data: Any) -> Graph:

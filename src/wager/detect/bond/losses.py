@@ -50,7 +50,9 @@ class Entries:
         self.value_E = torch.from_numpy(coo.data)
 
 
-def linear_rows(structure: Structure | Entries, h_NH: Tensor, w_NH: Tensor | None = None, stretch: float = 1.0) -> Tensor:
+def linear_rows(
+    structure: Structure | Entries, h_NH: Tensor, w_NH: Tensor | None = None, stretch: float = 1.0
+) -> Tensor:
     """Squared error of each row of S against h w^T (w = h by default), float32; `stretch` multiplies the square of h w^T alone."""
     h = h_NH.double()
     w = h if w_NH is None else w_NH.double()
@@ -183,7 +185,12 @@ def double_error(attribute_N: Tensor, structure_N: Tensor, weight: float | str) 
 
 
 def dropped_rows(
-    structure: Structure | Entries, h_NH: Tensor, w_NH: Tensor, share: float, generator: torch.Generator, drawn: bool = True
+    structure: Structure | Entries,
+    h_NH: Tensor,
+    w_NH: Tensor,
+    share: float,
+    generator: torch.Generator,
+    drawn: bool = True,
 ) -> Tensor:
     """Squared error of each row of S against dropout(h w^T). Without dropout this is `linear_rows`.
 
