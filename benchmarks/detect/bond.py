@@ -1,6 +1,6 @@
 """Graph detectors against pygod: seconds and memory per epoch, motif counting, and AUC over seeds with the same hyper-parameters.
 
-    python -m benchmarks.detect.bond --data DIR --peer-python VENV/bin/python [--quick] [--part training|motifs|parity]
+    python -m benchmarks.detect.bond --data DIR --peer-python VENV/bin/python [--quick] [--part training|large|motifs|parity]
 
 DIR holds npz graphs (x, edge_index, y). The peer's environment has pygod==1.1.0 and torch-geometric (see peer_worker). Each memory figure is
 the growth of resident memory over what the process held before training.
@@ -11,14 +11,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.harness import Report, Row, arguments, compare, rows_table, say
+from benchmarks.harness import Report, Row, arguments, compare, say
 from benchmarks.worker import Worker
 from wager.detect import bond
 from wager.detect.bond.metrics import eval_roc_auc, mean_interval
@@ -65,9 +64,12 @@ def main() -> None:
     parser.add_argument("--peer-python", required=True, help="interpreter of the environment with pygod")
     parser.add_argument(
         "--part",
-        choices=("all", "training", "motifs", "parity"),
+        choices=("all", "training", "large", "motifs", "parity"),
         default="all",
-        help="speed and memory of training, motif counts, agreement of scores, or all (each part has a record of its own)",
+        help="speed and memory of training, 100,000 nodes, motif counts, agreement of scores, or all (each with a record)",
+    )
+    parser.add_argument(
+        "--detectors", default=None, help="detectors whose training is measured (DOMINANT,GAE,CONAD,DONE)"
     )
     parser.add_argument("--seeds", type=int, default=None, help="seeds of the parity runs (20; 3 with --quick)")
     parser.add_argument("--datasets", default=None, help="graphs of the parity runs (disney,books,inj_cora)")
@@ -75,7 +77,10 @@ def main() -> None:
     torch.set_num_threads(CPUS)
     with Worker([args.peer_python, str(WORKER)], log=Path("pygod_worker.log")) as peer:
         if args.part in ("all", "training"):
-            finish(args, "bond", *speed(peer, args))
+            for name in (args.detectors or ",".join(OURS)).split(","):
+                finish(args, f"bond-{name.lower()}", *training(peer, args, name))
+        if args.part in ("all", "large"):
+            finish(args, "bond-large", *large(5000 if args.quick else 100_000))
         if args.part in ("all", "motifs"):
             names = ("gen_100",) if args.quick else ("gen_1000", "inj_cora")
             finish(args, "bond-motifs", motifs(peer, args.data, names, args.repeats or 2), {})
@@ -93,41 +98,38 @@ def finish(args: Any, system: str, rows: list[Row], facts: dict[str, Any]) -> No
         print(f"written: {report.save()}")
 
 
-def speed(peer: Worker, args: Any) -> tuple[list[Row], dict[str, Any]]:
-    """Seconds and memory of training, a graph of 100,000 nodes."""
-    large, (epochs, repeats) = ("gen_1000", (2, 2)) if args.quick else ("enron", (3, args.repeats or 2))
-    rows, memory = training(peer, args.data / f"{large}.npz", epochs, repeats)
-    memory["DOMINANT 100000 nodes peak_bytes"] = alone("DOMINANT", "5000" if args.quick else "100000", 2, {})[1]
+def training(peer: Worker, args: Any, name: str) -> tuple[list[Row], dict[str, Any]]:
+    """Seconds of training and growth of memory of one detector."""
+    path = args.data / f"{'gen_1000' if args.quick else 'enron'}.npz"
+    epochs, repeats = 2 if args.quick else 3, args.repeats or 2
+    graph, (kind, options) = bond.Graph.of(path), OURS[name]
+    peer.call("load_graph", path=str(path))
+    say(f"{name} on {path.stem}")
+    theirs_bytes: list[int] = []
+
+    def theirs() -> float:
+        found = peer.call("train", name=name, config={"epoch": epochs, **options}, seed=0, threads=CPUS)
+        theirs_bytes.append(found["peak_bytes"])
+        return found["seconds"]
+
+    def ours() -> None:
+        kind(epoch=epochs, seed=0, **options).fit(graph)
+
+    rows = compare(f"{name}, {path.stem}, {epochs} epochs", {"pygod": theirs, "wager": ours}, repeats=repeats, warmup=1)
+    mine = alone(name, str(path), epochs, options)[0]
+    memory = {
+        "pygod_bytes": max(theirs_bytes), "wager_bytes": mine, "times less": max(theirs_bytes) / max(mine, 1),
+    }  # fmt: skip
     return rows, {"memory": memory}
 
 
-def training(peer: Worker, path: Path, epochs: int, repeats: int) -> tuple[list[Row], dict[str, Any]]:
-    """Seconds of training and growth of memory, detector by detector."""
-    graph, rows, memory = bond.Graph.of(path), [], {}
-    peer.call("load_graph", path=str(path))
-    for name, (kind, options) in OURS.items():
-        say(f"{name} on {path.stem}")
-        theirs_bytes: list[int] = []
-
-        def theirs(name: str = name, options: dict = options, seen: list = theirs_bytes) -> float:
-            found = peer.call("train", name=name, config={"epoch": epochs, **options}, seed=0, threads=CPUS)
-            seen.append(found["peak_bytes"])
-            return found["seconds"]
-
-        def ours(kind: Any = kind, options: dict = options) -> None:
-            kind(epoch=epochs, seed=0, **options).fit(graph)
-
-        rows += compare(
-            f"{name}, {path.stem}, {epochs} epochs", {"pygod": theirs, "wager": ours}, repeats=repeats, warmup=1
-        )
-        mine = alone(name, str(path), epochs, options)[0]
-        memory[f"{name} pygod_bytes"], memory[f"{name} wager_bytes"] = max(theirs_bytes), mine
-        memory[f"{name} ratio"] = max(theirs_bytes) / max(mine, 1)
-        say(
-            f"{name}: pygod {max(theirs_bytes) / 1e6:.0f} MB, wager {mine / 1e6:.0f} MB; "
-            + rows_table([asdict(rows[-1])]).splitlines()[-1]
-        )
-    return rows, memory
+def large(nodes: int) -> tuple[list[Row], dict[str, Any]]:
+    """Peak memory of DOMINANT on a generated graph, against the bar of 4 GB: one dense adjacency of it would be 40 GB."""
+    bar = 4e9
+    _, peak, seconds = alone("DOMINANT", str(nodes), 2, {})
+    ratio = bar / peak
+    row = Row(f"DOMINANT, {nodes} nodes: peak memory", "bar", "wager", "bytes", bar, peak, ratio, ratio, ratio, 0.0, 1)
+    return [row], {"large": {"nodes": nodes, "peak_bytes": peak, "seconds of 2 epochs": seconds}}
 
 
 def alone(name: str, source: str, epochs: int, options: dict[str, Any]) -> tuple[float, float, float]:
