@@ -1,6 +1,6 @@
 """Graph detectors against pygod: seconds and memory per epoch, motif counting, and AUC over seeds with the same hyper-parameters.
 
-    python -m benchmarks.detect.bond --data DIR --peer-python VENV/bin/python [--quick]
+    python -m benchmarks.detect.bond --data DIR --peer-python VENV/bin/python [--quick] [--part training|large|motifs|parity]
 
 DIR holds npz graphs (x, edge_index, y). The peer's environment has pygod==1.1.0 and torch-geometric (see peer_worker). Each memory figure is
 the growth of resident memory over what the process held before training.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,47 +62,74 @@ def main() -> None:
     parser = arguments("BOND's detectors against pygod.")
     parser.add_argument("--data", type=Path, required=True, help="folder of npz graphs")
     parser.add_argument("--peer-python", required=True, help="interpreter of the environment with pygod")
+    parser.add_argument(
+        "--part",
+        choices=("all", "training", "large", "motifs", "parity"),
+        default="all",
+        help="speed and memory of training, 100,000 nodes, motif counts, agreement of scores, or all (each with a record)",
+    )
+    parser.add_argument(
+        "--detectors", default=None, help="detectors whose training is measured (DOMINANT,GAE,CONAD,DONE)"
+    )
     parser.add_argument("--seeds", type=int, default=None, help="seeds of the parity runs (20; 3 with --quick)")
+    parser.add_argument("--datasets", default=None, help="graphs of the parity runs (disney,books,inj_cora)")
     args = parser.parse_args()
     torch.set_num_threads(CPUS)
-    large = "gen_1000" if args.quick else "enron"
-    epochs, repeats = (2, 2) if args.quick else (5, args.repeats or 3)
     with Worker([args.peer_python, str(WORKER)], log=Path("pygod_worker.log")) as peer:
-        rows, memory = training(peer, args.data / f"{large}.npz", epochs, repeats)
-        rows += motifs(peer, args.data, ("gen_100",) if args.quick else ("inj_cora", "gen_1000"), repeats)
-        sets = ("disney",) if args.quick else ("disney", "books", "inj_cora")
-        agreement = parity(peer, args.data, sets, args.seeds or (3 if args.quick else 20), 10 if args.quick else 100)
-    memory["DOMINANT 100000 nodes peak_bytes"] = alone("DOMINANT", "5000" if args.quick else "100000", 2, {})[1]
-    report = Report("detect", "bond", rows, {"memory": memory, "parity": agreement})
+        if args.part in ("all", "training"):
+            for name in (args.detectors or ",".join(OURS)).split(","):
+                finish(args, f"bond-{name.lower()}", *training(peer, args, name))
+        if args.part in ("all", "large"):
+            finish(args, "bond-large", *large(5000 if args.quick else 100_000))
+        if args.part in ("all", "motifs"):
+            names = ("gen_100",) if args.quick else ("gen_1000", "inj_cora")
+            finish(args, "bond-motifs", motifs(peer, args.data, names, args.repeats or 2), {})
+        if args.part in ("all", "parity"):
+            sets = (args.datasets or ("disney" if args.quick else "disney,books,inj_cora")).split(",")
+            seeds, epochs = args.seeds or (3 if args.quick else 20), 10 if args.quick else 100
+            finish(args, "bond-parity", *parity(peer, args.data, sets, seeds, epochs))
+
+
+def finish(args: Any, system: str, rows: list[Row], facts: dict[str, Any]) -> None:
+    report = Report("detect", system, rows, facts)
     print(report.table())
-    print(*(f"{k}: {v}" for part in (memory, agreement) for k, v in part.items()), sep="\n")
+    print(*(f"{k}: {v}" for part in facts.values() for k, v in part.items()), sep="\n")
     if not args.quick:
         print(f"written: {report.save()}")
 
 
-def training(peer: Worker, path: Path, epochs: int, repeats: int) -> tuple[list[Row], dict[str, Any]]:
-    """Seconds of training and growth of memory, detector by detector."""
-    graph, rows, memory = bond.Graph.of(path), [], {}
+def training(peer: Worker, args: Any, name: str) -> tuple[list[Row], dict[str, Any]]:
+    """Seconds of training and growth of memory of one detector."""
+    path = args.data / f"{'gen_1000' if args.quick else 'enron'}.npz"
+    epochs, repeats = 2 if args.quick else 3, args.repeats or 2
+    graph, (kind, options) = bond.Graph.of(path), OURS[name]
     peer.call("load_graph", path=str(path))
-    for name, (kind, options) in OURS.items():
-        say(f"{name} on {path.stem}")
-        theirs_bytes: list[int] = []
+    say(f"{name} on {path.stem}")
+    theirs_bytes: list[int] = []
 
-        def theirs(name: str = name, options: dict = options, seen: list = theirs_bytes) -> float:
-            found = peer.call("train", name=name, config={"epoch": epochs, **options}, seed=0, threads=CPUS)
-            seen.append(found["peak_bytes"])
-            return found["seconds"]
+    def theirs() -> float:
+        found = peer.call("train", name=name, config={"epoch": epochs, **options}, seed=0, threads=CPUS)
+        theirs_bytes.append(found["peak_bytes"])
+        return found["seconds"]
 
-        def ours(kind: Any = kind, options: dict = options) -> None:
-            kind(epoch=epochs, seed=0, **options).fit(graph)
+    def ours() -> None:
+        kind(epoch=epochs, seed=0, **options).fit(graph)
 
-        rows += compare(
-            f"{name}, {path.stem}, {epochs} epochs", {"pygod": theirs, "wager": ours}, repeats=repeats, warmup=1
-        )
-        mine = alone(name, str(path), epochs, options)[0]
-        memory[f"{name} pygod_bytes"], memory[f"{name} wager_bytes"] = max(theirs_bytes), mine
-        memory[f"{name} ratio"] = max(theirs_bytes) / max(mine, 1)
-    return rows, memory
+    rows = compare(f"{name}, {path.stem}, {epochs} epochs", {"pygod": theirs, "wager": ours}, repeats=repeats, warmup=1)
+    mine = alone(name, str(path), epochs, options)[0]
+    memory = {
+        "pygod_bytes": max(theirs_bytes), "wager_bytes": mine, "times less": max(theirs_bytes) / max(mine, 1),
+    }  # fmt: skip
+    return rows, {"memory": memory}
+
+
+def large(nodes: int) -> tuple[list[Row], dict[str, Any]]:
+    """Peak memory of DOMINANT on a generated graph, against the bar of 4 GB: one dense adjacency of it would be 40 GB."""
+    bar = 4e9
+    _, peak, seconds = alone("DOMINANT", str(nodes), 2, {})
+    ratio = bar / peak
+    row = Row(f"DOMINANT, {nodes} nodes: peak memory", "bar", "wager", "bytes", bar, peak, ratio, ratio, ratio, 0.0, 1)
+    return [row], {"large": {"nodes": nodes, "peak_bytes": peak, "seconds of 2 epochs": seconds}}
 
 
 def alone(name: str, source: str, epochs: int, options: dict[str, Any]) -> tuple[float, float, float]:
@@ -124,21 +152,20 @@ def motifs(peer: Worker, data: Path, names: tuple[str, ...], repeats: int) -> li
             motif_counts(bond.Graph(graph.x, graph.edge_index), CPUS)
 
         rows += compare(
-            f"motif counts, {name}", {"pygod": lambda: peer.call("motifs"), "wager": ours}, repeats=repeats, warmup=1
+            f"motif counts, {name}", {"pygod": lambda: peer.call("motifs"), "wager": ours}, repeats=repeats, warmup=0
         )
     return rows
 
 
-def parity(peer: Worker, data: Path, names: tuple[str, ...], seeds: int, epochs: int) -> dict[str, str]:
+def parity(peer: Worker, data: Path, names: Sequence[str], seeds: int, epochs: int) -> tuple[list[Row], dict[str, Any]]:
     """Mean AUC over seeds, both with a 95 % interval, same hyper-parameters; `agree` where the intervals meet."""
-    found = {}
+    rows, found = [], {}
     for name in names:
         graph = bond.Graph.of(data / f"{name}.npz")
         assert graph.y is not None
         y = graph.y.numpy() > 0
         peer.call("load_graph", path=str(data / f"{name}.npz"))
         for detector, (kind, shared, own) in PARITY.items():
-            say(f"parity: {detector} on {name}")
             learning = {} if detector == "SCAN" else {"epoch": epochs}
             both: list[list[float]] = [[], []]
             for seed in range(1 if detector == "SCAN" else seeds):
@@ -150,8 +177,13 @@ def parity(peer: Worker, data: Path, names: tuple[str, ...], seeds: int, epochs:
                 for values, score in zip(both, (ours, theirs), strict=True):
                     if np.isfinite(score).all():
                         values.append(eval_roc_auc(y, score))
+            label = f"{detector}, {name}: mean AUC of {len(both[0])} seeds"
             found[f"{name} {detector}"] = verdict(*map(np.array, both))
-    return found
+            say(f"{name} {detector} {found[f'{name} {detector}']}")
+            if both[0] and both[1]:
+                a, b = float(np.mean(both[1])), float(np.mean(both[0]))
+                rows.append(Row(label, "pygod", "wager", "AUC", a, b, b / a, b / a, b / a, 0.0, len(both[0])))
+    return rows, {"parity": found}
 
 
 def verdict(ours: np.ndarray, theirs: np.ndarray) -> str:

@@ -68,6 +68,17 @@ def scores(name: str, config: dict[str, Any]) -> str:
     return file.name
 
 
+def references() -> str:
+    """The reference sets that PyOD's SOD chooses, in a file; its path."""
+    import tempfile
+
+    from pyod.models.sod import SOD
+
+    with tempfile.NamedTemporaryFile(suffix=".npy", delete=False) as file:
+        np.save(file, SOD()._snn(X))
+    return file.name
+
+
 def neighbors(k: int, n_jobs: int) -> float:
     """Seconds of scikit-learn's own search."""
     from sklearn.neighbors import NearestNeighbors
@@ -148,7 +159,7 @@ def status_bytes(name: str) -> int:
 
 
 OPERATIONS = {
-    "load_table": load_table, "fit": fit, "scores": scores, "neighbors": neighbors, "load_graph": load_graph, "train": train, "motifs": motifs,
+    "load_table": load_table, "fit": fit, "scores": scores, "references": references, "neighbors": neighbors, "load_graph": load_graph, "train": train, "motifs": motifs,
 }  # fmt: skip
 
 if __name__ == "__main__":

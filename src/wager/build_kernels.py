@@ -25,6 +25,8 @@ UNITS = {
     "wager_suffix": ["serve/speculate/cpp/suffix_tree.cpp"],
     "wager_motifs": ["detect/bond/cpp/motifs.cpp"],
     "wager_pairs": ["detect/bond/cpp/pairs.cpp"],
+    "wager_masks": ["detect/bond/cpp/masks.cpp"],
+    "wager_adam": ["detect/bond/cpp/adam.cpp"],
     "wager_enumerate": ["compile/mirage/enumerate.cpp"],
     "wager_detect": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "detect/tod/cpp").glob("*.cpp")),
 }  # fmt: skip

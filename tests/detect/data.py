@@ -7,7 +7,8 @@ from wager.detect.bond import Graph
 
 
 def points(seed: int, n: int, d: int, kind: str) -> np.ndarray:
-    """`plain`, `duplicates`, `grid` (integer ties), `ulp` (neighbours one rounding apart), `wide` (1e-6 to 1e6), `constant` (columns)."""
+    """`plain`, `duplicates`, `grid` (integer ties), `ulp` (neighbours one rounding apart), `sphere` (all but equally far from
+    the first), `wide` (1e-6 to 1e6), `constant` (columns)."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, d))
     if kind == "duplicates":
@@ -18,6 +19,9 @@ def points(seed: int, n: int, d: int, kind: str) -> np.ndarray:
         base = rng.normal(size=(max(1, n // 4), d))
         x = base[rng.integers(0, len(base), n)]
         x = np.where(rng.random((n, d)) < 0.3, np.nextafter(x, np.inf), x)
+    if kind == "sphere":
+        x = x / np.linalg.norm(x, axis=1, keepdims=True) * (1 + 1e-12 * rng.random((n, 1)))
+        x[0] = 0
     if kind == "wide":
         x *= 10.0 ** rng.uniform(-6, 6, (n, 1))
     if kind == "constant":
@@ -27,7 +31,7 @@ def points(seed: int, n: int, d: int, kind: str) -> np.ndarray:
     return np.ascontiguousarray(x)
 
 
-KINDS = ("plain", "duplicates", "grid", "ulp", "wide", "constant", "offset")
+KINDS = ("plain", "duplicates", "grid", "ulp", "sphere", "wide", "constant", "offset")
 
 
 def oracle(query: np.ndarray, base: np.ndarray, k: int, own: bool) -> tuple[np.ndarray, np.ndarray]:

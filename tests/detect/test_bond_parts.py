@@ -1,5 +1,6 @@
 """Exact sparse losses, injection, motif counts, metrics, layers."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import networkx as nx
@@ -14,6 +15,7 @@ from tests.detect.data import dense, graph
 from wager.detect.bond import Graph, inject, losses
 from wager.detect.bond.adversarial import disagreement
 from wager.detect.bond.layers import GAT, GCN, GNA, Linear, edge_softmax
+from wager.detect.bond.masks import Mask
 from wager.detect.bond.metrics import eval_average_precision, eval_recall_at_k, eval_roc_auc, mean_interval, quality
 from wager.detect.bond.motifs import motif_counts
 from wager.errors import UsageError
@@ -78,27 +80,62 @@ def test_pair_sums_are_the_dense_ones(kind, slow):
     pair_of_gradients(lambda z: losses.pair_sums(z, kind, 5), lambda z: slow(z @ z.T).sum(1), z)
 
 
-def test_dropped_rows_have_the_gradient_of_their_own_mask_and_the_right_mean():
+def mixed(x):
+    """MurmurHash3's finalizer on 32-bit numbers."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor) & np.uint64(2**32 - 1)
+    return x ^ (x >> np.uint64(16))
+
+
+def kept_pairs(mask, columns):
+    """The mask as a dense matrix of 0 and 1, by its definition."""
+    j, m, o = (a.astype(np.uint64) for a in (np.arange(columns), mask.multiplier_R[:, None], mask.offset_R[:, None]))
+    signed = mixed((j * m + o) & np.uint64(2**32 - 1)).astype(np.int64)
+    signed[signed >= 2**31] -= 2**32
+    return torch.from_numpy(signed >= mask.limit).float()
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.05, 0.3, 0.9]), st.integers(1, 50), st.integers(10, 90))
+def test_dropped_rows_have_value_and_gradient_of_their_own_mask(seed, share, width, nodes):
+    g = graph(seed, n=nodes)
+    structure, s = losses.Structure(g), dense(g)
+    random = torch.Generator().manual_seed(seed)
+    h, w = torch.randn(g.nodes, width, generator=random), torch.randn(g.nodes, width, generator=random)
+    mask = kept_pairs(Mask.drawn(g.nodes, share, torch.Generator().manual_seed(9)), g.nodes)
+
+    def fast(h, w):
+        return losses.dropped_rows(structure, h, w, share, torch.Generator().manual_seed(9))
+
+    pair_of_gradients(fast, lambda h, w: (s - (h @ w.T) * mask / (1 - share)).square().sum(1), h, w)
+
+
+def test_masks_are_drawn_pair_by_pair():
+    rows, columns, share = 300, 257, 0.3
+    mask = Mask.drawn(rows, share, torch.Generator().manual_seed(0))
+    kept = kept_pairs(mask, columns)
+    i, j = np.indices((rows, columns)).reshape(2, -1)
+    assert np.array_equal(mask.kept(i, j), kept.numpy().ravel().astype(bool))
+    dropped, sigma = 1 - kept, (share * (1 - share)) ** 0.5
+    assert abs(float(dropped.mean()) - share) < 4 * sigma / (rows * columns) ** 0.5
+    for axis, count in ((0, rows), (1, columns)):  # rows and columns are binomial: the variance of their sums, too
+        sums = dropped.sum(axis)
+        assert abs(float(sums.var() / (count * sigma**2)) - 1) < 5 * (2 / len(sums)) ** 0.5
+    centred = (dropped - share) / sigma
+    for a, b in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1]), (centred[1:, 1:], centred[:-1, :-1])):
+        assert abs(float((a * b).mean())) < 4 / a.numel() ** 0.5  # neighbours are uncorrelated
+    again = kept_pairs(Mask.drawn(rows, share, torch.Generator().manual_seed(1)), columns)
+    assert abs(float((centred * ((1 - again) - share) / sigma).mean())) < 4 / centred.numel() ** 0.5
+
+
+def test_dropped_rows_have_the_mean_over_masks():
     g = graph(3)
-    structure = losses.Structure(g)
+    structure, s = losses.Structure(g), dense(g)
     random = torch.Generator().manual_seed(0)
     h, w = torch.randn(g.nodes, 4, generator=random), torch.randn(g.nodes, 4, generator=random)
-    s = dense(g)
-
-    def slow(h, w):
-        seed = int(torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(9)))
-        masks = []
-        for start in range(0, g.nodes, 8):
-            m = torch.Generator().manual_seed(seed + start)
-            masks.append((torch.rand(min(8, g.nodes - start), g.nodes, generator=m) >= 0.3) / 0.7)
-        return (s - (h @ w.T) * torch.cat(masks)).square().sum(1)
-
-    pair_of_gradients(
-        lambda h, w: losses.dropped_rows(structure, h, w, 0.3, torch.Generator().manual_seed(9), 8), slow, h, w
-    )
     draws = torch.stack([losses.dropped_rows(structure, h, w, 0.3, random) for _ in range(400)])
     t = h @ w.T
     expected = ((s - t).square() + t.square() * 0.3 / 0.7).sum(1)
+    same(losses.dropped_rows(structure, h, w, 0.3, random, drawn=False), expected)
     spread = draws.std(0) / 20
     assert ((draws.mean(0) - expected).abs() < 5 * spread).all()
 
@@ -255,3 +292,23 @@ def test_graphs_are_checked(tmp_path):
         with pytest.raises(UsageError, match=message):
             Graph.of(bad)
     assert Graph.of({"x": x, "edge_index": e}).both_directions().edge_index.shape[1] == 4
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.5, 0.9]))
+def test_sparse_attributes_have_the_dense_error(seed, positive):
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, 30, generator=random) * (torch.rand(40, 30, generator=random) < 0.04)
+    g = Graph(x, torch.zeros(2, 1, dtype=torch.long))
+    entries = losses.sparse_attributes(g)
+    assert entries is not None and losses.sparse_attributes(Graph(x + 1, g.edge_index)) is None
+    same(g.input(torch.eye(30)), x)
+    changed = replace(g, x=g.x * 2)  # a graph made of another one remembers nothing of it
+    assert torch.equal(losses.sparse_attributes(changed).square_N, 4 * entries.square_N)
+    w = torch.randn(30, 4, generator=random)
+    h = torch.randn(40, 4, generator=random)
+    pair_of_gradients(
+        lambda h, w: losses.weighted_rows(entries, h, w, positive),
+        lambda h, w: losses.attribute_rows(x, h @ w.T, positive),
+        h,
+        w,
+    )

@@ -9,8 +9,8 @@ from tests.detect.data import graph
 from wager.detect import bond
 from wager.detect.bond.layers import GCN, widths
 from wager.detect.bond.losses import KINDS, Structure, _value, dropped_rows, pair_sums
+from wager.detect.bond.residual import solve
 from wager.detect.bond.sampling import Sampler
-from wager.detect.bond.shallow import solve
 from wager.errors import UsageError
 
 LEARNERS = ("GAE", "DOMINANT", "CONAD", "DONE", "AdONE", "AnomalyDAE", "GAAN", "GUIDE")

@@ -53,6 +53,9 @@ def fit(
     top: Top = 10,
     memory: Memory = None,
     workers: Workers = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Do the neighbour search on a Ray cluster: auto, local or host:port.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Keep finished row blocks in this folder; a killed run goes on there.")
     ] = None,
@@ -74,7 +77,7 @@ def fit(
     made = tabular(detector, param or (), contamination=contamination)
     execution = Execution(
         device=device, precision=precision, memory_bytes=parse_bytes(memory) if memory else None, workers=workers,
-        checkpoint=str(checkpoint) if checkpoint else None,
+        checkpoint=str(checkpoint) if checkpoint else None, ray_address=ray,
     )  # fmt: skip
     x = check_rows(rows.x_ND, at_least=2)
     centre, scale = np.zeros(x.shape[1]), np.ones(x.shape[1])
@@ -272,6 +275,7 @@ def present(rows: list[dict], metric: str, paths: dict[str, Path], plot: Path | 
     leaks = [row for name, path in paths.items() for row in report.leak_rows(name, Graph.of(path))]
     print(report.table([*rows, *leaks], metric))
     print("\nmean±std (max) of the trials in percent; * no better than the leak baseline degree+norm")
+    print(f"{len(rows)} trials took {sum(row.get('seconds', 0.0) for row in rows):.0f} s, each on one thread")
     order, critical = report.ranks(rows, metric)
     if order:
         print(

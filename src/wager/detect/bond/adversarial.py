@@ -17,8 +17,16 @@ from torch.nn import functional as F
 from wager.detect.bond.autoencoders import halves
 from wager.detect.bond.base import DeepGraphDetector
 from wager.detect.bond.graph import Graph, Product
-from wager.detect.bond.layers import MLP, Linear, widths
-from wager.detect.bond.losses import TINY, Structure, attribute_rows, double_error, dropped_rows, pair_sums
+from wager.detect.bond.layers import MLP, widths
+from wager.detect.bond.losses import (
+    TINY,
+    Structure,
+    attribute_rows,
+    double_error,
+    dropped_rows,
+    pair_sums,
+    rebuilt_rows,
+)
 from wager.errors import UsageError
 
 
@@ -75,14 +83,10 @@ class DONE(DeepGraphDetector):
     def terms(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, ...]:
         """(dx, ds, dna, dns, h_a, h_s): errors, disagreement with neighbours, embeddings."""
         assert state.mean_in is not None
-        h_a = model["encoder_a"](state.graph.x)
-        dx = attribute_rows(state.graph.x, model["decoder_a"](h_a))
-        h_s = model["encoder_s"].sparse_input(state.structure.product)
-        last = model["decoder_s"].layers[-1]
-        assert isinstance(last, Linear) and last.bias is not None
-        hidden = model["decoder_s"].hidden(h_s)
-        one = torch.ones(len(hidden), 1)
-        rows, columns = torch.cat([hidden, one], 1), torch.cat([last.weight, last.bias[:, None]], 1)
+        h_a = model["encoder_a"](state.graph.input)
+        dx = rebuilt_rows(state.graph, model["decoder_a"], h_a, None, generator)
+        h_s = model["encoder_s"](state.structure.product)
+        rows, columns = model["decoder_s"].factors(h_s)
         drawn = self.masks == "drawn"
         ds = dropped_rows(state.structure, rows, columns, self.dropout, generator, drawn=drawn)
         found = dx, ds, disagreement(h_a, state.mean_in), disagreement(h_s, state.mean_in), h_a, h_s
@@ -243,7 +247,7 @@ class GAAN(DeepGraphDetector):
     def step(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x = state.graph.x
         made = model["generator"](torch.randn(len(x), self.noise_dim, generator=generator))
-        z, z_made = model["discriminator"](x), model["discriminator"](made)
+        z, z_made = model["discriminator"](state.graph.input), model["discriminator"](made)
         self._adversary.zero_grad()
         self.judged(state, z_made, True).backward(retain_graph=True)
         self._adversary.step()

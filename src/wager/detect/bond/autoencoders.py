@@ -17,7 +17,16 @@ from torch.nn import functional as F
 from wager.detect.bond.base import DeepGraphDetector
 from wager.detect.bond.graph import Graph, Product
 from wager.detect.bond.layers import GAT, GCN, MLP, GNAStack, Linear, dropout, widths
-from wager.detect.bond.losses import Structure, attribute_rows, double_error, linear_rows, sigmoid_rows
+from wager.detect.bond.losses import (
+    Structure,
+    attribute_rows,
+    double_error,
+    linear_rows,
+    rebuilt_rows,
+    sigmoid_rows,
+    sparse_attributes,
+    weighted_rows,
+)
 from wager.detect.bond.motifs import motif_counts
 from wager.errors import UsageError
 
@@ -76,10 +85,11 @@ class GAE(DeepGraphDetector):
         return State(graph, graph.gcn(), Structure(graph) if self.recon_s else None)
 
     def step(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        out = model["decoder"](model["encoder"](state.graph.x, state.spread), state.spread)
+        h = model["encoder"](state.graph.input, state.spread)
         if state.structure is None:
-            score = (state.graph.x - out).square().mean(1)
+            score = rebuilt_rows(state.graph, model["decoder"], h, state.spread, generator) / state.graph.x.shape[1]
         else:
+            out = model["decoder"](h, state.spread)
             score = (sigmoid_rows if self.sigmoid_s else linear_rows)(state.structure, out) / state.graph.nodes
         score = state.graph.head(score)
         return score.mean(), score
@@ -125,12 +135,12 @@ class DOMINANT(DeepGraphDetector):
     def rows(self, model: Any, state: State) -> tuple[Tensor, Tensor]:
         """(scores, embeddings) of the nodes that are scored."""
         assert state.structure is not None
-        h = model["encoder"](state.graph.x, state.spread)
-        out = model["attributes"](h, state.spread)
+        h = model["encoder"](state.graph.input, state.spread)
+        error_a = rebuilt_rows(state.graph, model["attributes"], h, state.spread, model["encoder"].generator)
         z = model["structure"](h, state.spread)
         error_s = (sigmoid_rows if self.sigmoid_s else linear_rows)(state.structure, z)
         head = state.graph.head
-        return double_error(head(attribute_rows(state.graph.x, out)), head(error_s), self.weight), head(h)
+        return double_error(head(error_a), head(error_s), self.weight), head(h)
 
     def step(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         score, _ = self.rows(model, state)
@@ -249,13 +259,17 @@ class AnomalyDAE(DeepGraphDetector):
 
     def step(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         assert state.structure is not None
-        x = state.graph.x
-        h = dropout(F.relu(model["input"](x)), self.dropout, generator)
+        h = dropout(F.relu(model["input"](state.graph.input)), self.dropout, generator)
         z = model["attention"](h, state.extra)
         weight = model["columns"].weight if state.graph.ids is None else model["columns"].weight[:, state.graph.ids]
-        columns = dropout(F.relu(F.linear(x.T, weight, model["columns"].bias)), self.dropout, generator)
+        across = state.graph.attributes_T(weight.T) + model["columns"].bias
+        columns = dropout(F.relu(across), self.dropout, generator)
         columns = dropout(model["columns_out"](columns), self.dropout, generator)
-        error_a = attribute_rows(x, z @ columns.T, self.eta / (1 + self.eta))
+        positive, entries = self.eta / (1 + self.eta), sparse_attributes(state.graph)
+        if entries is None:
+            error_a = attribute_rows(state.graph.x, z @ columns.T, positive)
+        else:
+            error_a = weighted_rows(entries, z, columns, positive)
         error_s = sigmoid_rows(state.structure, z, self.theta / (1 + self.theta))
         head = state.graph.head
         score = double_error(head(error_a), head(error_s), "auto" if self.alpha == "auto" else 1 - float(self.alpha))
@@ -306,10 +320,9 @@ class GUIDE(DeepGraphDetector):
 
     def step(self, model: Any, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         motifs, edges = state.extra
-        out_a = model["decoder_a"](model["encoder_a"](state.graph.x, state.spread), state.spread)
+        h = model["encoder_a"](state.graph.input, state.spread)
+        error_a = rebuilt_rows(state.graph, model["decoder_a"], h, state.spread, generator)
         out_s = model["decoder_s"](model["encoder_s"](motifs, edges), edges)
         head = state.graph.head
-        score = double_error(
-            head(attribute_rows(state.graph.x, out_a)), head(attribute_rows(motifs, out_s)), self.alpha
-        )
+        score = double_error(head(error_a), head(attribute_rows(motifs, out_s)), self.alpha)
         return score.mean(), score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,8 @@ from scipy import sparse
 from torch import Tensor
 
 from wager.errors import UsageError
+
+SPARSE_SHARE = 0.05  # of attributes that are not zero: below it a sparse product is the quicker one
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Graph:
     ids: Tensor | None = field(default=None, compare=False)
     leading: int | None = field(default=None, compare=False)
     complete: bool = True
+    made: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)  # what others derive from it, once
 
     @staticmethod
     def of(data: Any) -> Graph:
@@ -61,6 +65,27 @@ class Graph:
     @property
     def nodes(self) -> int:
         return len(self.x)
+
+    @cached_property
+    def attributes(self) -> Callable[[Tensor], Tensor]:
+        """x times a dense matrix; as a sparse product where few attributes are set."""
+        return Product(self.sparse_x) if self.sparse_x is not None else lambda dense_DH: self.x @ dense_DH
+
+    @cached_property
+    def attributes_T(self) -> Callable[[Tensor], Tensor]:
+        """x^T times a dense matrix."""
+        return Product(self.sparse_x.T) if self.sparse_x is not None else lambda dense_NH: self.x.T @ dense_NH
+
+    @cached_property
+    def input(self) -> Tensor | Product:
+        """x as the first layer of a network takes it."""
+        return self.x if self.sparse_x is None else Product(self.sparse_x)
+
+    @cached_property
+    def sparse_x(self) -> sparse.csr_matrix | None:
+        """x where few attributes are set, else None."""
+        few = int(torch.count_nonzero(self.x)) < SPARSE_SHARE * self.x.numel()
+        return sparse.csr_matrix(self.x.numpy()) if few else None
 
     def both_directions(self) -> Graph:
         """The same graph with every edge in both directions once."""

@@ -18,6 +18,9 @@ def dropout(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return x * (torch.rand(x.shape, generator=generator) >= share) / (1 - share)
 
 
+Input = Tensor | Product  # a constant sparse input multiplies as a sparse matrix
+
+
 class Linear(nn.Module):
     """x W^T + b; glorot with zero bias as graph convolutions start, or uniform in 1/sqrt(inputs)."""
 
@@ -31,8 +34,14 @@ class Linear(nn.Module):
             nn.Parameter(torch.zeros(outputs) if glorot else _uniform((outputs,), limit, generator)) if bias else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Input) -> Tensor:
+        if isinstance(x, Tensor):
+            return F.linear(x, self.weight, self.bias)
+        return self.times(x) if self.bias is None else self.times(x) + self.bias
+
+    def times(self, x: Input) -> Tensor:
+        """x W^T without the bias."""
+        return F.linear(x, self.weight) if isinstance(x, Tensor) else x(self.weight.T)
 
 
 def _uniform(shape: tuple[int, ...], limit: float, generator: torch.Generator) -> Tensor:
@@ -43,8 +52,14 @@ def widths(inputs: int, hidden: int, outputs: int, layers: int) -> list[int]:
     return [inputs, *[hidden] * (layers - 1), outputs]
 
 
+def with_bias(x_NH: Tensor, layer: Linear) -> tuple[Tensor, Tensor]:
+    """x with a column of ones, and the layer's weight with its bias as a column."""
+    assert layer.bias is not None
+    return torch.cat([x_NH, x_NH.new_ones(len(x_NH), 1)], 1), torch.cat([layer.weight, layer.bias[:, None]], 1)
+
+
 class GCN(nn.Module):
-    """Graph convolutions A (x W) + b with ReLU and dropout between them (none after the last)."""
+    """Graph convolutions A (x W) + b with ReLU and dropout between them (none after the last). A meets the narrower of x and x W."""
 
     def __init__(self, sizes: Sequence[int], share: float, generator: torch.Generator):
         super().__init__()
@@ -52,13 +67,33 @@ class GCN(nn.Module):
         self.layers = nn.ModuleList(Linear(a, b, generator, glorot=True) for a, b in pairs)
         self.share, self.generator = share, generator
 
-    def forward(self, x: Tensor, spread: Product) -> Tensor:
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, Linear) and layer.bias is not None
-            x = spread(x @ layer.weight.T) + layer.bias
-            if i + 1 < len(self.layers):
-                x = dropout(F.relu(x), self.share if self.training else 0, self.generator)
+    def forward(self, x: Input, spread: Product) -> Tensor:
+        return self.convolve(self.last, self.hidden(x, spread), spread)
+
+    @property
+    def last(self) -> Linear:
+        layer = self.layers[-1]
+        assert isinstance(layer, Linear)
+        return layer
+
+    def hidden(self, x: Input, spread: Product) -> Input:
+        """All but the last layer."""
+        for layer in self.layers[:-1]:
+            assert isinstance(layer, Linear)
+            x = self.convolve(layer, x, spread)
+            x = dropout(F.relu(x), self.share if self.training else 0, self.generator)
         return x
+
+    @staticmethod
+    def convolve(layer: Linear, x: Input, spread: Product) -> Tensor:
+        wider = isinstance(x, Tensor) and layer.weight.shape[0] > layer.weight.shape[1]
+        return layer(spread(x)) if wider else spread(layer.times(x)) + layer.bias  # type: ignore[operator]
+
+    def factors(self, x: Input, spread: Product) -> tuple[Tensor, Tensor]:
+        """(h, w) with the output h w^T, not multiplied."""
+        hidden = self.hidden(x, spread)
+        assert isinstance(hidden, Tensor)
+        return with_bias(spread(hidden), self.last)
 
 
 class MLP(nn.Module):
@@ -70,27 +105,23 @@ class MLP(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm1d(b) for b in sizes[1:-1])
         self.share, self.generator, self.act = share, generator, act
 
-    def forward(self, x: Tensor, spread: Product | None = None) -> Tensor:
+    def forward(self, x: Input, spread: Product | None = None) -> Tensor:
         return self.drop(self.layers[-1](self.hidden(x)))
 
-    def hidden(self, x: Tensor, first: Tensor | None = None) -> Tensor:
-        """All but the last layer. `first` replaces the product of the first layer where its input is a sparse matrix."""
+    def hidden(self, x: Input) -> Input:
+        """All but the last layer."""
         for i, norm in enumerate(self.norms):
-            x = self.layers[i](x) if first is None or i else first
-            x = self.drop(self.act(norm(x)))
+            x = self.drop(self.act(norm(self.layers[i](x))))
         return x
+
+    def factors(self, x: Input) -> tuple[Tensor, Tensor]:
+        """(h, w) with the output h w^T before its dropout, not multiplied."""
+        hidden, last = self.hidden(x), self.layers[-1]
+        assert isinstance(hidden, Tensor) and isinstance(last, Linear)
+        return with_bias(hidden, last)
 
     def drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.share if self.training else 0, self.generator)
-
-    def sparse_input(self, product: Product) -> Tensor:
-        """The network on the rows of a sparse matrix: the first layer is a sparse product."""
-        layer = self.layers[0]
-        assert isinstance(layer, Linear) and layer.bias is not None
-        first = product(layer.weight.T.contiguous()) + layer.bias
-        if len(self.layers) == 1:
-            return self.drop(first)
-        return self.drop(self.layers[-1](self.hidden(first, first)))
 
 
 def edge_softmax(value_E: Tensor, target_E: Tensor, nodes: int) -> Tensor:

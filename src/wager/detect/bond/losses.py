@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy import sparse
 from torch import Tensor
 from torch.nn import functional as F
 
 from wager.detect.bond.graph import Graph, Product
+from wager.detect.bond.layers import GCN, MLP
+from wager.detect.bond.masks import Mask, MaskedRows
 from wager.native import build
 
 TINY = 1e-24
@@ -36,7 +39,20 @@ class Structure:
         self.nodes = graph.nodes
 
 
-def linear_rows(structure: Structure, h_NH: Tensor, w_NH: Tensor | None = None, stretch: float = 1.0) -> Tensor:
+class Entries:
+    """The same of sparse attributes X."""
+
+    def __init__(self, x: sparse.csr_matrix):
+        self.product = Product(x)
+        self.square_N = torch.from_numpy(x.multiply(x).sum(1)).reshape(-1).double()
+        coo = x.tocoo()
+        self.row_E, self.column_E = torch.from_numpy(coo.row).long(), torch.from_numpy(coo.col).long()
+        self.value_E = torch.from_numpy(coo.data)
+
+
+def linear_rows(
+    structure: Structure | Entries, h_NH: Tensor, w_NH: Tensor | None = None, stretch: float = 1.0
+) -> Tensor:
     """Squared error of each row of S against h w^T (w = h by default), float32; `stretch` multiplies the square of h w^T alone."""
     h = h_NH.double()
     w = h if w_NH is None else w_NH.double()
@@ -125,6 +141,40 @@ def attribute_rows(x_ND: Tensor, out_ND: Tensor, positive: float = 0.5) -> Tenso
     return square.sum(1)
 
 
+def sparse_attributes(graph: Graph) -> Entries | None:
+    """Made once for each graph; None where attributes are dense."""
+    if graph.sparse_x is None:
+        return None
+    if "entries" not in graph.made:
+        graph.made["entries"] = Entries(graph.sparse_x)
+    return graph.made["entries"]
+
+
+def weighted_rows(entries: Entries, h_NH: Tensor, w_DH: Tensor, positive: float) -> Tensor:
+    """`attribute_rows` of sparse x against h w^T, which is computed at the entries of x alone."""
+    if positive == 0.5:
+        return linear_rows(entries, h_NH, w_DH)
+    at = (h_NH[entries.row_E] * w_DH[entries.column_E]).sum(1).double()
+    square = (entries.value_E.double() - at) ** 2
+    on = torch.where(entries.value_E > 0, positive, 1 - positive)
+    h, w = h_NH.double(), w_DH.double()
+    rows = (1 - positive) * ((h @ (w.T @ w)) * h).sum(1)
+    return rows.index_add(0, entries.row_E, on * square - (1 - positive) * at**2).clamp(min=TINY).float()
+
+
+def rebuilt_rows(
+    graph: Graph, decoder: GCN | MLP, h: Tensor, spread: Product | None, generator: torch.Generator
+) -> Tensor:
+    """Squared error of each row of the attributes against the decoder's output, which is not formed where they are sparse."""
+    entries = sparse_attributes(graph)
+    if entries is None:
+        return attribute_rows(graph.x, decoder(h, spread))  # type: ignore[arg-type]
+    if isinstance(decoder, GCN):
+        assert spread is not None
+        return linear_rows(entries, *decoder.factors(h, spread))
+    return dropped_rows(entries, *decoder.factors(h), decoder.share if decoder.training else 0.0, generator)
+
+
 def double_error(attribute_N: Tensor, structure_N: Tensor, weight: float | str) -> Tensor:
     """w |x - x'| + (1 - w) |s - s'| per row. "auto" balances the two by their spread: w = std(s) / (std(x) + std(s)), as published in 2022."""
     a, s = attribute_N.clamp(min=TINY).sqrt(), structure_N.clamp(min=TINY).sqrt()
@@ -135,50 +185,20 @@ def double_error(attribute_N: Tensor, structure_N: Tensor, weight: float | str) 
 
 
 def dropped_rows(
-    structure: Structure,
+    structure: Structure | Entries,
     h_NH: Tensor,
     w_NH: Tensor,
     share: float,
     generator: torch.Generator,
-    block: int = 1024,
     drawn: bool = True,
 ) -> Tensor:
     """Squared error of each row of S against dropout(h w^T). Without dropout this is `linear_rows`.
 
-    drawn: a mask for every pair, in blocks of rows that are made twice, O(N^2) time. Otherwise the mean over all masks, which needs none:
+    drawn: a mask for every pair, O(share N^2 H) time (`masks`). Otherwise the mean over all masks, which needs none:
     E (m o / (1 - p) - s)^2 = o^2 / (1 - p) - 2 o s + s^2, O(E H + N H^2).
     """
     if not drawn or share == 0:
         return linear_rows(structure, h_NH, w_NH, 1 / (1 - share))
-    seed = int(torch.randint(2**62, (1,), generator=generator))
-    return _DroppedRows.apply(h_NH, w_NH, structure, share, seed, block)  # type: ignore[return-value]
-
-
-class _DroppedRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, w: Tensor, structure: Structure, share: float, seed: int, block: int) -> Tensor:
-        ctx.save_for_backward(h, w)
-        ctx.settings = structure, share, seed, block
-        blocks = range(0, len(h), block)
-        return torch.cat([(_difference(h, w, structure, share, seed, i, block)[0] ** 2).sum(1) for i in blocks])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        (h, w), (structure, share, seed, block) = ctx.saved_tensors, ctx.settings
-        out_h, out_w = torch.zeros_like(h), torch.zeros_like(w)
-        for i in range(0, len(h), block):
-            difference, mask = _difference(h, w, structure, share, seed, i, block)
-            slope = 2 * difference * mask * grads[0][i : i + block, None]
-            out_h[i : i + block] = slope @ w
-            out_w += slope.T @ h[i : i + block]
-        return out_h, out_w, None, None, None, None
-
-
-def _difference(
-    h: Tensor, w: Tensor, structure: Structure, share: float, seed: int, start: int, block: int
-) -> tuple[Tensor, Tensor]:
-    rows = h[start : start + block]
-    generator = torch.Generator().manual_seed(seed + start)
-    mask = (torch.rand(len(rows), len(w), generator=generator) >= share) / (1 - share)
-    dense = torch.from_numpy(structure.product.matrix[start : start + block].toarray())
-    return (rows @ w.T) * mask - dense, mask
+    mask = Mask.drawn(len(h_NH), share, generator)
+    rows = MaskedRows.apply(h_NH, w_NH, structure.product.matrix, structure.square_N, mask)
+    return rows.clamp(min=TINY)  # type: ignore[union-attr]

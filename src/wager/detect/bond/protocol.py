@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from wager.detect.bond import shallow
+from wager.detect.bond import residual, shallow
 from wager.detect.bond.adversarial import DONE, GAAN, AdONE
 from wager.detect.bond.autoencoders import CONAD, DOMINANT, GAE, GUIDE, AnomalyDAE
 from wager.detect.bond.base import GraphDetector
@@ -47,8 +47,8 @@ DETECTORS: dict[str, Entry] = {
     "if": Entry(shallow.IF, {}, learns=False),
     "mlpae": Entry(_gae("mlp"), {}),
     "scan": Entry(shallow.SCAN, {"eps": (0.3, 0.5, 0.8), "mu": (2, 5, 10)}, learns=False, seeded=False),
-    "radar": Entry(shallow.Radar, {"lr": (0.1, 0.05, 0.01), "weight_decay": (0.01,)}, learns=False),
-    "anomalous": Entry(shallow.ANOMALOUS, {"lr": (0.1, 0.05, 0.01), "weight_decay": (0.01,)}, learns=False),
+    "radar": Entry(residual.Radar, {"lr": (0.1, 0.05, 0.01), "weight_decay": (0.01,)}, learns=False),
+    "anomalous": Entry(residual.ANOMALOUS, {"lr": (0.1, 0.05, 0.01), "weight_decay": (0.01,)}, learns=False),
     "gcnae": Entry(_gae("gcn"), {}),
     "dominant": Entry(DOMINANT, {}, balance="weight"),
     "done": Entry(DONE, {}),

@@ -83,6 +83,7 @@ def run(
     for every processor), so that a row has the same bits whatever runs beside it."""
     done = {key_of(row): row for row in read(out)} if out.exists() else {}
     todo = [t for t in trials if t.key not in done]
+    todo.sort(key=lambda t: -paths[t.dataset].stat().st_size)  # no long trial is left to one worker at the end
     out.parent.mkdir(parents=True, exist_ok=True)
     for i, (trial, row) in enumerate(_rows(todo, paths, limits, jobs or len(os.sched_getaffinity(0)))):
         done[trial.key] = row

@@ -1,24 +1,16 @@
-"""Detectors without a deep network: LOF and IF on attributes, SCAN on structure, Radar and ANOMALOUS on residuals.
-
-SCAN, Radar and ANOMALOUS need no dense N x N adjacency or Laplacian. Radar's W is N x N by definition; `low_rank=True` learns W = I + A X^T instead,
-O(N D), another parametrisation with its own scores (approximate). Sources: BOND (arXiv 2206.10071) and the papers named at each class.
-"""
+"""Detectors that do not learn: LOF and IF on attributes, SCAN on structure. Sources: BOND (arXiv 2206.10071) and the papers named at each class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 import torch
-from scipy.sparse import identity
 from torch import Tensor
 
-from wager.detect.bond.base import GraphDetector, descend, random_source
-from wager.detect.bond.graph import Graph, Product
+from wager.detect.bond.base import GraphDetector
+from wager.detect.bond.graph import Graph
 from wager.detect.tod.marginals import IForest
 from wager.detect.tod.neighbors import LOF as TabularLOF
-from wager.errors import CapacityError, UsageError, WagerError
+from wager.errors import UsageError
 
 
 class LOF(GraphDetector):
@@ -115,114 +107,3 @@ class SCAN(GraphDetector):
                 if self.expand == "full":
                     queue.extend(fresh)
         return member_N
-
-
-def solve(system: Any, right_ND: np.ndarray, tolerance: float = 1e-10) -> np.ndarray:
-    """The solution of a symmetric positive definite system, all columns at once, to a relative residual of `tolerance`."""
-    inverse_N1 = 1 / system.diagonal()[:, None]
-    x = right_ND * inverse_N1
-    residual = right_ND - system @ x
-    goal_D = tolerance * np.linalg.norm(right_ND, axis=0)
-    direction = z = inverse_N1 * residual
-    power_D = (residual * z).sum(0)
-    for _ in range(10 * len(x)):
-        if (np.linalg.norm(residual, axis=0) <= goal_D).all():
-            return x
-        image = system @ direction
-        curve_D = (direction * image).sum(0)
-        step_D = np.divide(power_D, curve_D, out=np.zeros_like(power_D), where=curve_D > 0)
-        x = x + step_D * direction
-        residual = residual - step_D * image
-        z = inverse_N1 * residual
-        before_D, power_D = power_D, (residual * z).sum(0)
-        direction = z + np.divide(power_D, before_D, out=np.zeros_like(power_D), where=before_D > 0) * direction
-    raise WagerError(f"conjugate gradients did not converge on {len(x)} nodes; lower gamma")
-
-
-class _Residual(GraphDetector):
-    """min ||X - model(X) - R||_F + gamma tr(R^T L R) by Adam, score ||R_i||^2; R starts at ((1 + wd) I + gamma L)^-1 X."""
-
-    gamma: float
-    weight_decay: float
-    lr: float
-    epoch: int
-    seed: int | None
-
-    def start(self, graph: Graph) -> Tensor:
-        """The sparse positive definite system, solved by conjugate gradients: no fill-in, whatever the graph."""
-        system = (1 + self.weight_decay) * identity(graph.nodes) + self.gamma * graph.laplacian()
-        return torch.from_numpy(solve(system.tocsr().astype(np.float64), graph.x.double().numpy())).float()
-
-    def parameters(self, x_ND: Tensor, generator: torch.Generator) -> list[Tensor]:
-        raise NotImplementedError
-
-    def explained(self, x_ND: Tensor, parameters: list[Tensor]) -> Tensor:
-        raise NotImplementedError
-
-    def scores(self, graph: Graph) -> Tensor:
-        x, laplacian = graph.x, Product(graph.laplacian())
-        free = [p.requires_grad_() for p in self.parameters(x, random_source(self.seed))]
-        residual = self.start(graph).requires_grad_()
-
-        def passes() -> Iterator[Tensor]:
-            smooth = (residual * laplacian(residual)).sum()
-            yield torch.linalg.norm(x - self.explained(x, free) - residual) + self.gamma * smooth
-
-        descend([*free, residual], self.lr, self.weight_decay, self.epoch, passes)
-        return residual.detach().square().sum(1)
-
-
-class Radar(_Residual):
-    """Residual analysis (Li et al. 2017): X is explained as W X with W starting at the identity."""
-
-    def __init__(
-        self,
-        gamma: float = 1.0,
-        weight_decay: float = 0.0,
-        lr: float = 0.004,
-        epoch: int = 100,
-        low_rank: bool = False,
-        contamination: float = 0.1,
-        symmetrize: bool = False,
-        seed: int | None = None,
-    ):
-        self.gamma, self.weight_decay, self.lr, self.epoch, self.low_rank = gamma, weight_decay, lr, epoch, low_rank
-        self.contamination, self.symmetrize, self.seed = contamination, symmetrize, seed
-
-    def parameters(self, x_ND: Tensor, generator: torch.Generator) -> list[Tensor]:
-        if self.low_rank:
-            return [torch.zeros_like(x_ND)]
-        n = len(x_ND)
-        if n > 40_000:
-            raise CapacityError(
-                f"Radar's W for {n} nodes needs {16 * n * n / 1e9:.0f} GB with its optimizer; use low_rank=True"
-            )
-        return [torch.eye(n)]
-
-    def explained(self, x_ND: Tensor, parameters: list[Tensor]) -> Tensor:
-        if self.low_rank:
-            return x_ND + parameters[0] @ (x_ND.T @ x_ND) / len(x_ND)
-        return parameters[0] @ x_ND
-
-
-class ANOMALOUS(_Residual):
-    """Joint attribute selection and residuals (Peng et al. 2018): X is explained as X W X with W (D, N) drawn at random."""
-
-    def __init__(
-        self,
-        gamma: float = 1.0,
-        weight_decay: float = 0.0,
-        lr: float = 0.004,
-        epoch: int = 100,
-        contamination: float = 0.1,
-        symmetrize: bool = False,
-        seed: int | None = None,
-    ):
-        self.gamma, self.weight_decay, self.lr, self.epoch = gamma, weight_decay, lr, epoch
-        self.contamination, self.symmetrize, self.seed = contamination, symmetrize, seed
-
-    def parameters(self, x_ND: Tensor, generator: torch.Generator) -> list[Tensor]:
-        return [torch.randn(x_ND.shape[1], len(x_ND), generator=generator)]
-
-    def explained(self, x_ND: Tensor, parameters: list[Tensor]) -> Tensor:
-        return x_ND @ (parameters[0] @ x_ND)

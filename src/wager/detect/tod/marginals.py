@@ -205,7 +205,8 @@ def axes(execution: Execution, x_ND: np.ndarray, standardize: bool, count: int) 
     scale_D = np.where(scale_D > 10 * np.finfo(float).eps * np.abs(centre_D), scale_D, 1.0)
     z = (x_ND - centre_D) / scale_D
     z = z - z.mean(0)
-    _, singular, components = np.linalg.svd(z, full_matrices=False) if n < 10 * z.shape[1] else _gram(z)
+    triangle = np.linalg.qr(z, mode="r") if n > 2 * z.shape[1] else z  # the same singular values, in fewer rows
+    _, singular, components = np.linalg.svd(triangle, full_matrices=False)
     variance = singular**2 / (n - 1)
     keep = variance > max(z.shape) * np.finfo(float).eps * variance.max(initial=0)
     if not keep.any():
@@ -214,11 +215,6 @@ def axes(execution: Execution, x_ND: np.ndarray, standardize: bool, count: int) 
     components, variance = components[keep][:count], variance[keep][:count]
     lead = np.take_along_axis(components, np.abs(components).argmax(1)[:, None], 1)
     return centre_D, scale_D, components * np.sign(lead), variance, variance / total
-
-
-def _gram(z_ND: np.ndarray) -> tuple[None, np.ndarray, np.ndarray]:
-    value, vector = np.linalg.eigh(z_ND.T @ z_ND)
-    return None, np.sqrt(np.maximum(value[::-1], 0)), np.ascontiguousarray(vector.T[::-1])
 
 
 @plan.operator("axes_score", bytes=lambda n, d, selected, weighted: 8 * n * d * 2, made_of="cdist, sum")

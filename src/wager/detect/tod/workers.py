@@ -83,22 +83,32 @@ def _in_processes(
 def _on_ray(
     searcher: Any, query_RD: np.ndarray | None, blocks: Sequence[Block], address: str
 ) -> Iterator[tuple[Block, Result]]:
+    """One task a block; the data travel once to each machine. A task whose worker dies is done again by Ray. address "local" starts a cluster
+    of this machine's processors for the occasion; one that is already joined is used as it is."""
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UsageError("ray_address needs Ray: pip install ray") from None
-    if not ray.is_initialized():
-        ray.init(address=None if address == "local" else address, log_to_driver=False)
-    shared = ray.put((searcher, query_RD))
+        raise UsageError("ray_address needs Ray: pip install 'wager[deploy]'") from None
+    joined = ray.is_initialized()
+    if not joined:
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UsageError(f"no Ray cluster at {address!r} ({error}); start one with `ray start --head`") from None
+    try:
+        shared = ray.put((searcher, query_RD))
 
-    @ray.remote
-    def work(task: Any, block: Block) -> Result:
-        return task[0].block(task[1], *block)
+        @ray.remote
+        def work(task: Any, block: Block) -> Result:
+            return task[0].block(task[1], *block)
 
-    waiting = {work.remote(shared, block): block for block in blocks}
-    while waiting:
-        ready, _ = ray.wait(list(waiting), num_returns=1)
-        yield waiting.pop(ready[0]), ray.get(ready[0])
+        waiting = {work.remote(shared, block): block for block in blocks}
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=1)
+            yield waiting.pop(ready[0]), ray.get(ready[0])
+    finally:
+        if not joined:
+            ray.shutdown()
 
 
 class Store:
