@@ -43,8 +43,8 @@ def test_the_worked_example_of_the_paper():
     assert reusable_bytes(old, holder, new, Place(0, 1, 0), sizes, {}) == 2 * 0.5
     assert reusable_bytes(old, holder, new, Place(0, 2, 0), sizes, {}) == 0
     with_kv = Sizes(layers, 1.0, {0: 1.0})
-    assert reusable_bytes(old, holder, new, Place(1, 0, 0), with_kv, {0: 0, 1: 1}) == 2
-    assert reusable_bytes(old, holder, new, Place(0, 0, 0), with_kv, {0: 0, 1: 1}) == 4
+    assert reusable_bytes(old, holder, new, Place(1, 0, 0), with_kv, {0: (0,), 1: (1,)}) == 2
+    assert reusable_bytes(old, holder, new, Place(0, 0, 0), with_kv, {0: (0,), 1: (1,)}) == 4
     held = placed(old)
     alive = {d: p for d, p in list(held.items())[:6]}
     goal = assign(old, alive, list(alive), new, sizes, {})
@@ -123,8 +123,26 @@ def test_stopping_and_moving_ends_before_the_machine_leaves(notice, moving, step
 
 
 def test_fewer_pipelines_keep_the_batches_with_most_tokens():
-    assert inherit({0: [5], 1: [50], 2: [20]}, Layout(2, 1, 1, 4)) == {1: 1, 0: 2}
-    assert inherit({0: [5], 1: []}, Layout(3, 1, 1, 4)) == {0: 0}
+    assert inherit({0: [5], 1: [50], 2: [20]}, Layout(2, 1, 1, 1)) == {1: (1,), 0: (2,)}
+    assert inherit({0: [5], 1: []}, Layout(3, 1, 1, 4)) == {0: (0,)}
+
+
+def test_batches_share_a_pipeline_while_its_slots_last():
+    assert inherit({0: [5, 5], 1: [50], 2: [20]}, Layout(1, 1, 1, 4)) == {0: (1, 2, 0)}
+    assert inherit({0: [5, 5], 1: [50], 2: [20]}, Layout(1, 1, 1, 3)) == {0: (1, 2)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 99), max_size=5), max_size=5), st.integers(1, 4), st.sampled_from([1, 2, 4, 8]))
+def test_inherited_batches_fit_and_none_goes_to_two_pipelines(batches, data, slots):
+    old, new = dict(enumerate(batches)), Layout(data, 1, 1, slots)
+    heirs = inherit(old, new)
+    given_away = [d for olds in heirs.values() for d in olds]
+    assert len(set(given_away)) == len(given_away) and set(heirs) <= set(range(data))
+    for olds in heirs.values():
+        assert len(olds) == 1 or sum(len(old[d]) for d in olds) <= slots
+    left = [d for d, batch in old.items() if batch and d not in given_away]
+    assert not left or len(heirs) == data
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,8 +5,10 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from wager.errors import UsageError, WagerError
+from wager.serve.bench.cli import app
 from wager.serve.llm import LLM
 from wager.serve.observe import StepRecord
 from wager.serve.params import SamplingParams
@@ -112,3 +114,17 @@ def test_a_torn_line_is_left_out_and_a_foreign_one_refused(tmp_path):
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UsageError, match="cannot write the step log .*nowhere"):
         StepLog(tmp_path / "nowhere" / "steps.jsonl")
+
+
+def test_the_command_prints_the_held_out_error_and_writes_the_cost(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    log = StepLog(path)
+    for record in synthetic(300, noise=0.05):
+        log.on_step(record)
+    result = CliRunner().invoke(app, ["steps", str(path), "-o", str(tmp_path / "cost.json")])
+    cost = fit(synthetic(300, noise=0.05))
+    assert result.exit_code == 0, result.output
+    assert f"error on the last 20% of 300 steps: {cost.median_error:.1%} median" in result.output
+    assert StepCost.load(tmp_path / "cost.json") == cost
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_step_log(tmp_path / "nowhere.jsonl")

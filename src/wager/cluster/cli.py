@@ -196,3 +196,25 @@ def spot(
             f"{policy:<14} p50 {out.quantile(0.5):7.1f} s  p99 {out.quantile(0.99):7.1f} s  finished {len(out.latencies_s)}/{len(arrivals)}  "
             f"computed again {out.recomputed_tokens} tokens  {out.cost_usd:.2f} USD, on demand {out.on_demand_usd:.2f}"
         )
+
+
+@app.command()
+def migration(
+    profile: Annotated[str, typer.Option(help="e.g. T4-4x/megatron_6.7B_profile")],
+    profiles: Data,
+    old: Annotated[str, typer.Option("--from", help="layout now: pipelines,stages,shards,batch, e.g. 2,2,8,4")],
+    new: Annotated[str, typer.Option("--to", help="layout next")],
+    lost: Annotated[list[str] | None, typer.Option(help="a machine that leaves, e.g. node-3; may be repeated")] = None,
+    done: Annotated[int, typer.Option(help="tokens that every request has so far")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(help="tokens of a prompt")] = 512,
+    output_tokens: Annotated[int, typer.Option(help="tokens that each request generates")] = 128,
+) -> None:
+    """Say what a change of layout moves, in which order, and how long serving stops."""
+    from wager.cluster.spotserve.cloud import Cloud
+    from wager.cluster.spotserve.inspect import describe_move, parse_layout
+    from wager.cluster.spotserve.latency import read_model
+
+    layouts = parse_layout(old), parse_layout(new)
+    model = read_model(profiles, profile)
+    for line in describe_move(model, Cloud(), *layouts, lost or [], done, prompt_tokens, output_tokens):
+        print(line)

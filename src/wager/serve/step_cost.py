@@ -48,7 +48,11 @@ def read_step_log(path: str | Path) -> list[StepRecord]:
     """Records of a log; a torn last line (the process was killed) is left out."""
     names = {f.name for f in fields(StepRecord)}
     records = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UsageError(f"the step log {path} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             values = json.loads(line)
         except ValueError:

@@ -70,6 +70,10 @@ class ServedModel:
     def batches(self) -> list[int]:
         return sorted({b for _, b in self.prefill_ms})
 
+    @cached_property
+    def _known_times(self) -> dict[tuple[int, int, int], StepTimes]:
+        return {}
+
     @property
     def layer_bytes(self) -> float:
         return 12 * self.hidden**2 * self.bytes_per_parameter
@@ -80,6 +84,12 @@ class ServedModel:
 
     def times(self, layout: Layout) -> StepTimes:
         """Per batch, with the micro-batch counts that are best for prefill and for decode. Raises UsageError for an unmeasured degree."""
+        key = layout.pipeline, layout.tensor, layout.batch
+        if key not in self._known_times:
+            self._known_times[key] = self._times(layout)
+        return self._known_times[key]
+
+    def _times(self, layout: Layout) -> StepTimes:
         if layout.tensor not in self.tensor_degrees or layout.batch not in self.batches:
             raise UsageError(
                 f"{self.name} was not measured with tensor degree {layout.tensor} and batch {layout.batch}"

@@ -14,6 +14,8 @@ from scipy.optimize import linear_sum_assignment
 
 from wager.cluster.spotserve.latency import Layout
 
+Heirs = Mapping[int, tuple[int, ...]]  # new pipeline -> old pipelines whose requests (and KV) it gets
+
 
 @dataclass(frozen=True, order=True)
 class Place:
@@ -54,27 +56,38 @@ def shared_shard(old: Layout, old_place: Place, new: Layout, new_place: Place) -
     return max(0.0, high - low)
 
 
-def reusable_bytes(
-    old: Layout, old_place: Place, new: Layout, new_place: Place, sizes: Sizes, heir_of: Mapping[int, int]
-) -> float:
-    """What a device at `old_place` already has of what `new_place` needs. heir_of: new pipeline -> old pipeline whose requests it gets."""
+def reusable_bytes(old: Layout, old_place: Place, new: Layout, new_place: Place, sizes: Sizes, heirs: Heirs) -> float:
+    """What a device at `old_place` already has of what `new_place` needs."""
     common = len(shared_layers(old, old_place, new, new_place, sizes.layers)) * shared_shard(
         old, old_place, new, new_place
     )
     bytes_each = sizes.layer_bytes
-    if heir_of.get(new_place.data) == old_place.data:
+    if old_place.data in heirs.get(new_place.data, ()):
         bytes_each += sizes.kv_bytes.get(old_place.data, 0.0)
     return common * bytes_each
 
 
-def inherit(old_batches: Mapping[int, Sequence[int]], new: Layout) -> dict[int, int]:
-    """new pipeline -> old pipeline: the batches with most decoded tokens survive when there are fewer pipelines. `old_batches[d]`: the
-    tokens decoded so far of each request of pipeline d."""
+def inherit(old_batches: Mapping[int, Sequence[int]], new: Layout) -> Heirs:
+    """Which old pipelines' batches go on where. `old_batches[d]`: the tokens decoded so far of each request of pipeline d.
+
+    The batches with most decoded tokens choose first: their own number, else an empty pipeline, else the emptiest with enough free slots.
+    Batches that find none are left out.
+    """
     by_progress = sorted((d for d, batch in old_batches.items() if batch), key=lambda d: (-sum(old_batches[d]), d))
-    kept = by_progress[: new.data]
-    stay = {d: d for d in kept if d < new.data}  # a pipeline keeps its number where it can
-    free = [d for d in range(new.data) if d not in stay]
-    return stay | dict(zip(free, (d for d in kept if d not in stay.values()), strict=False))
+    heirs: dict[int, tuple[int, ...]] = {}
+    slots = dict.fromkeys(range(new.data), new.batch)
+    own = [d for d in by_progress[: new.data] if d < new.data]
+    for d in own + [d for d in by_progress if d not in own]:
+        size = len(old_batches[d])
+        if d in own:
+            place = d
+        else:
+            place = max(slots, key=lambda p: (p not in heirs, slots[p], -p))
+            if place in heirs and size > slots[place]:
+                continue
+        heirs[place] = (*heirs.get(place, ()), d)
+        slots[place] = max(0, slots[place] - size)
+    return heirs
 
 
 def assign(
@@ -83,7 +96,7 @@ def assign(
     devices: Sequence[str],
     new: Layout,
     sizes: Sizes,
-    heir_of: Mapping[int, int],
+    heirs: Heirs,
 ) -> dict[str, Place]:
     """Device -> place with the most reusable bytes in all. `held`: places of the devices that are still there; others are new or idle."""
     goals = places(new)
@@ -91,6 +104,6 @@ def assign(
     if old is not None:
         for i, device in enumerate(devices):
             if device in held:
-                weight[i] = [reusable_bytes(old, held[device], new, goal, sizes, heir_of) for goal in goals]
+                weight[i] = [reusable_bytes(old, held[device], new, goal, sizes, heirs) for goal in goals]
     rows, columns = linear_sum_assignment(weight, maximize=True)
     return {devices[int(i)]: goals[int(j)] for i, j in zip(rows, columns, strict=True)}

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wager.cluster.spotserve.latency import Layout
-from wager.cluster.spotserve.mapper import Place, Sizes, shared_layers, stage_layers
+from wager.cluster.spotserve.mapper import Heirs, Place, Sizes, shared_layers, stage_layers
 
 STORAGE = "storage"
 EPSILON = 1e-9
@@ -73,10 +73,10 @@ class Migration:
 
 def plan(
     old: Layout | None, held: Mapping[str, Place], new: Layout, goal: Mapping[str, Place], sizes: Sizes,
-    heir_of: Mapping[int, int], most_buffer: float = 2.0,
+    heirs: Heirs, most_buffer: float = 2.0,
 ) -> Migration:  # fmt: skip
     """From `held` (devices that can still send, also those about to leave) to `goal`."""
-    taken: dict[tuple, int] = defaultdict(int)
+    holders = Holders(old, held, sizes.layers)
     cache: list[Transfer] = []
     weights: dict[int, list[Transfer]] = defaultdict(list)
     reused = 0.0
@@ -88,18 +88,16 @@ def plan(
             missing = subtract(wanted, own)
             reused += (wanted[1] - wanted[0] - sum(b - a for a, b in missing)) * sizes.layer_bytes
             for piece in missing:
-                weights[layer] += fetch(
-                    "weights", layer, piece, device, old, held, sizes.layers, sizes.layer_bytes, None, taken
-                )
-            source = heir_of.get(place.data)
-            kv = 0.0 if source is None else sizes.kv_bytes.get(source, 0.0)
-            if not kv or old is None or source is None:
-                continue
-            mine = own if device in held and held[device].data == source else None
-            kv_missing = subtract(wanted, mine)
-            reused += (wanted[1] - wanted[0] - sum(b - a for a, b in kv_missing)) * kv
-            for piece in kv_missing:
-                cache += fetch("kv", layer, piece, device, old, held, sizes.layers, kv, source, taken)
+                weights[layer] += fetch("weights", layer, piece, device, sizes.layer_bytes, None, holders)
+            for source in heirs.get(place.data, ()):
+                kv = sizes.kv_bytes.get(source, 0.0)
+                if not kv or old is None:
+                    continue
+                mine = own if device in held and held[device].data == source else None
+                kv_missing = subtract(wanted, mine)
+                reused += (wanted[1] - wanted[0] - sum(b - a for a, b in kv_missing)) * kv
+                for piece in kv_missing:
+                    cache += fetch("kv", layer, piece, device, kv, source, holders)
     order, peak = layer_order(
         weights, {**dict.fromkeys(held, 0.0), **dict.fromkeys(goal, 0.0)}, sizes.layer_bytes, most_buffer
     )
@@ -119,32 +117,42 @@ def subtract(wanted: tuple[float, float], own: tuple[float, float] | None) -> li
     return [(a, b) for a, b in pieces if b - a > EPSILON]
 
 
+class Holders:
+    """Who can send what: devices by (layer, shard, pipeline or None for any), which take turns."""
+
+    def __init__(self, old: Layout | None, held: Mapping[str, Place], layers: int):
+        self.old = old
+        self._of: dict[tuple[int, int, int | None], list[str]] = defaultdict(list)
+        self._taken: dict[tuple, int] = defaultdict(int)
+        if old is None:
+            return
+        for device, place in sorted(held.items()):
+            for layer in range(*stage_layers(old, place.stage, layers)):
+                self._of[layer, place.shard, None].append(device)
+                self._of[layer, place.shard, place.data].append(device)
+
+    def next(self, kind: str, layer: int, shard: int, pipeline: int | None) -> str:
+        """A device that has it; STORAGE when nobody does."""
+        devices = self._of.get((layer, shard, pipeline))
+        if not devices:
+            return STORAGE
+        key = (kind, layer, shard, pipeline)
+        self._taken[key] += 1
+        return devices[(self._taken[key] - 1) % len(devices)]
+
+
 def fetch(
-    kind: str, layer: int, piece: tuple[float, float], target: str, old: Layout | None, held: Mapping[str, Place], layers: int,
-    layer_bytes: float, pipeline: int | None, taken: dict[tuple, int],
+    kind: str, layer: int, piece: tuple[float, float], target: str, layer_bytes: float, pipeline: int | None, holders: Holders
 ) -> list[Transfer]:  # fmt: skip
-    """Transfers that bring `piece`, cut where the old shards are cut; holders of a shard take turns."""
+    """Transfers that bring `piece`, cut where the old shards are cut."""
+    old = holders.old
+    if old is None:
+        return [Transfer(kind, layer, STORAGE, target, *piece, (piece[1] - piece[0]) * layer_bytes)]
     transfers, at = [], piece[0]
     while at < piece[1] - EPSILON:
-        cut = piece[1]
-        sources = [STORAGE]
-        if old is not None:
-            shard = int(at * old.tensor + 1e-6)
-            cut = min(piece[1], (shard + 1) / old.tensor)
-            holders = sorted(
-                d
-                for d, place in held.items()
-                if d != target
-                and place.shard == shard
-                and holding(old, place, layer, layers) is not None
-                and (pipeline is None or place.data == pipeline)
-            )
-            sources = holders or sources
-            key = (kind, layer, shard, pipeline)
-            source = sources[taken[key] % len(sources)]
-            taken[key] += 1
-        else:
-            source = STORAGE
+        shard = int(at * old.tensor + 1e-6)
+        cut = min(piece[1], (shard + 1) / old.tensor)
+        source = holders.next(kind, layer, shard, pipeline)
         if not (kind == "kv" and source == STORAGE):  # KV that nobody holds is lost; it is not in storage
             transfers.append(Transfer(kind, layer, source, target, at, cut, (cut - at) * layer_bytes))
         at = cut
@@ -157,14 +165,27 @@ def layer_order(
     """(layers in the order in which they move, largest buffer on the way): see the module's docstring."""
     waiting, order, peak = sorted(weights), [], 0.0
     while waiting:
-        after = {layer: buffers_after(buffer, weights[layer], layer_bytes) for layer in waiting}
-        fits = [layer for layer in waiting if max(after[layer].values()) <= most + EPSILON]
-        chosen = fits[0] if fits else min(waiting, key=lambda layer: (max(after[layer].values()), layer))
-        buffer = after[chosen]
+        chosen, buffer = _next_layer(waiting, weights, buffer, layer_bytes, most)
         peak = max(peak, max(buffer.values()))
         order.append(chosen)
         waiting.remove(chosen)
     return order, peak
+
+
+def _next_layer(
+    waiting: list[int], weights: Mapping[int, list[Transfer]], buffer: dict[str, float], layer_bytes: float, most: float
+) -> tuple[int, dict[str, float]]:
+    """The first layer that keeps every buffer below `most`, else the one that exceeds it least; and the buffers after it."""
+    least: tuple[float, int, dict[str, float]] | None = None
+    for layer in waiting:
+        after = buffers_after(buffer, weights[layer], layer_bytes)
+        fullest = max(after.values())
+        if fullest <= most + EPSILON:
+            return layer, after
+        if least is None or fullest < least[0]:
+            least = fullest, layer, after
+    assert least is not None
+    return least[1], least[2]
 
 
 def buffers_after(buffer: Mapping[str, float], transfers: list[Transfer], layer_bytes: float) -> dict[str, float]:

@@ -1,0 +1,269 @@
+"""SpotServe's policy: at every notice and join the next layout is chosen by simulating it, and moved to without losing a token.
+
+propose: the layouts that serve the load best by the latency model; price: each is played on a copy of the service, from the present queue and
+batches through the move and on over arrivals like the latest; verify: the move keeps its deadline, else KV is given up. A machine that
+leaves is served on until just before (arranger); one that joins is used once its weights have arrived.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from wager.cluster.spotserve import controller
+from wager.cluster.spotserve.latency import Layout
+from wager.cluster.spotserve.load import Load
+from wager.cluster.spotserve.mapper import Place, inherit
+from wager.cluster.spotserve.outcome import Outcome
+from wager.cluster.spotserve.service import Served, Service
+from wager.cluster.spotserve.transition import Mover, Transition, perform
+
+CANDIDATES = 10  # layouts that are played
+FUTURES = 2  # forecasts each is played on
+HORIZON_S = 90.0  # arrivals are forecast over this long
+TAIL = 0.1  # a layout is as good as the mean latency of this share of the slowest requests
+STAYING = 0.05  # a move without need must improve the tail by this share
+NEAR = 0.01  # after a change of machines, by this
+
+
+@dataclass(frozen=True)
+class Skills:
+    """What the policy does; each can be left out to see what it is worth. look_ahead: layouts are played, not only modelled; pacing: the
+    beginnings of batches may be kept apart."""
+
+    look_ahead: bool = True
+    pacing: bool = True
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A decided move: what has been sent ahead for it counts at `stop_s`. deadline_s: when a machine leaves."""
+
+    step: Transition
+    stop_s: float
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout that was played: the tail latency with it, whether its batches are paced, and the move to it (None where it is there already)."""
+
+    target: Layout
+    tail_s: float
+    paced: bool
+    pending: Pending | None
+
+    @property
+    def in_time(self) -> bool:
+        """Whether the move ends before the machine leaves."""
+        move = self.pending
+        return move is None or move.stop_s + move.step.stop_s <= move.deadline_s + 1e-6
+
+
+class Migrate:
+    """See the module's docstring. Driven by the simulation: `notice`, `joined`, `left`, `tick`, and `stop` at `pending.stop_s`."""
+
+    def __init__(
+        self, service: Service, mover: Mover, load: Load, outcome: Outcome, rng: np.random.Generator, skills: Skills
+    ):
+        self.service, self.mover, self.load, self.outcome, self.rng = service, mover, load, outcome, rng
+        self.cloud = mover.cloud
+        self.members: set[str] = set()
+        self.doomed: dict[str, float] = {}
+        self.held: dict[str, Place] = {}
+        self.pending: Pending | None = None
+        self.moving_until = 0.0
+        self.skills, self.next_paced = skills, False
+
+    # -- what happens ------------------------------------------------------------------------------------------------------------
+
+    def notice(self, at: float, nodes: set[str], leave_s: float) -> None:
+        self.doomed.update(dict.fromkeys(nodes & self.members, leave_s))
+        self._decide(at)
+
+    def joined(self, at: float, nodes: set[str]) -> None:
+        self.members |= nodes
+        self._decide(at)
+
+    def left(self, at: float, nodes: set[str]) -> None:
+        """Machines are gone: normally nothing is on them any more."""
+        self.members -= nodes
+        for node in nodes:
+            self.doomed.pop(node, None)
+        here = set(self.cloud.devices(self.members))
+        if set(self.held) <= here:
+            return
+        self.pending = None
+        self.service.drop(list(self.service.batches))
+        self.held = {x: p for x, p in self.held.items() if x in here}
+        self._decide(at, broken=True)
+
+    def tick(self, at: float) -> None:
+        """Between changes: leave a layout that the load has outgrown, or that is not the best when it is calm."""
+        layout = self.service.layout
+        if self.pending is not None or layout is None or at < self.moving_until:
+            return
+        rate = self.load.rate(at)
+        if rate == math.inf:
+            return
+        model, output = self.mover.model, self.mover.output
+        wanted = rate + len(self.service.queue) / self.cloud.rate_window_s
+        best = controller.choose(
+            model, len(self._devices()), wanted, output, self.cloud.device_memory_bytes, self.mover.context
+        )
+        outgrown = wanted > controller.throughput(model, layout, output)
+        if best is None or best == layout:
+            return
+        if outgrown or not self.service.queue:
+            self._decide(at, needless=True)
+
+    def stop(self, at: float) -> None:
+        """The decided move."""
+        assert self.pending is not None
+        pending, self.pending = self.pending, None
+        service, step = self.service, pending.step
+        devices = self._devices()
+        done = self.mover.plan(
+            service.layout, self.held, service.batches, step.target, devices, goal=step.goal, arrived=step.ahead
+        )
+        if at + done.stop_s > pending.deadline_s + 1e-6:
+            # the notice is too short for all of it: KV is given up, and what the leaving machines hold comes from elsewhere
+            service.drop(list(service.batches))
+            self.held = {x: p for x, p in self.held.items() if x in set(devices)}
+            done = self.mover.plan(service.layout, self.held, {}, step.target, devices, ahead_for_s=0.0)
+        perform(service, done, at)
+        service.paced = self.next_paced
+        self.held = dict(done.goal)
+        self.moving_until = at + done.stop_s
+        self.outcome.moved(at, at + done.stop_s, done.target, done.moved_bytes)
+
+    # -- what to do --------------------------------------------------------------------------------------------------------------
+
+    def _devices(self) -> list[str]:
+        """Of the machines that stay."""
+        return self.cloud.devices(self.members - set(self.doomed))
+
+    def _decide(self, at: float, needless: bool = False, broken: bool = False) -> None:
+        """Set `pending`. needless: nothing happened to the machines. broken: the present layout can serve no more."""
+        devices, layout = self._devices(), self.service.layout
+        leaving = [s for node, s in self.doomed.items() if any(x.startswith(f"{node}/") for x in self.held)]
+        deadline = at if broken else min(leaving, default=math.inf)
+        candidates = self._candidates(at, len(devices))
+        if not candidates:
+            self._give_up(at, broken or deadline == math.inf)
+            return
+        if layout is None:
+            self._start(at, candidates, devices)
+            return
+        stay = set(self.held) <= set(devices)
+        if stay and self.skills.look_ahead and layout not in candidates:
+            candidates.append(layout)
+        futures = self._futures(at)
+        priced = [self._price(at, target, devices, deadline, stay, futures) for target in candidates]
+        decided = self.pending
+        if decided is not None and decided.deadline_s == deadline and set(decided.step.goal) <= set(devices):
+            tail = float(np.mean([self._play(at, decided, future, self.next_paced) for future in futures]))
+            priced.append(Choice(decided.step.target, tail, self.next_paced, decided))
+        best = min(priced, key=lambda c: (not c.in_time, c.tail_s))
+        if stay and self.skills.look_ahead:
+            staying = next(c for c in priced if c.pending is None)
+            if best.tail_s > staying.tail_s * (1 - (STAYING if needless else NEAR)):
+                best = staying
+        self.pending, self.next_paced = best.pending, best.paced
+        if best.pending is None:
+            self.service.paced = best.paced
+
+    def _candidates(self, at: float, devices: int) -> list[Layout]:
+        """The layouts with the least modelled latency at the load; where none keeps up, those with most throughput."""
+        model, output, rate = self.mover.model, self.mover.output, self.load.rate(at)
+        load = rate + len(self.service.queue) / self.cloud.rate_window_s
+        memory, context = self.cloud.device_memory_bytes, self.mover.context
+        if not self.skills.look_ahead:
+            chosen = controller.choose(model, devices, rate, output, memory, context)
+            return [] if chosen is None else [chosen]
+        every = controller.layouts(model, devices, memory, context)
+
+        def key(c: Layout) -> tuple[float, float, int]:
+            seconds = controller.request_s(model, c, output, load) if load < math.inf else math.inf
+            return seconds, -controller.throughput(model, c, output), c.devices
+
+        return sorted(every, key=key)[:CANDIDATES]
+
+    def _futures(self, at: float) -> list[list[Served]]:
+        tokens = self.mover.output
+        return [[Served(-1, t, tokens) for t in self.load.forecast(at, HORIZON_S, self.rng)] for _ in range(FUTURES)]
+
+    def _price(
+        self,
+        at: float,
+        target: Layout,
+        devices: Sequence[str],
+        deadline: float,
+        stay: bool,
+        futures: list[list[Served]],
+    ) -> Choice:
+        """The move to this layout (None where there is none to make) and the tail latency with it, paced or not as is better."""
+        pending = None
+        if not (stay and target == self.service.layout):
+            pending = self._propose(at, target, devices, deadline)
+        plays = {
+            paced: float(np.mean([self._play(at, pending, future, paced) for future in futures]))
+            for paced in ((False, True) if self.skills.pacing and target.data > 1 else (False,))
+        }
+        paced = min(plays, key=lambda p: plays[p])
+        return Choice(target, plays[paced], paced, pending)
+
+    def _propose(self, at: float, target: Layout, devices: Sequence[str], deadline: float) -> Pending:
+        service = self.service
+        before = max(at, self.moving_until)
+        step = self.mover.plan(
+            service.layout, self.held, service.batches, target, devices, most_kv=True,
+            ahead_for_s=max(0.0, (deadline - before) / 2),
+        )  # fmt: skip
+        soonest = before + step.ahead_s
+        return Pending(step, soonest if deadline == math.inf else max(before, deadline - step.stop_s), deadline)
+
+    def _play(self, at: float, pending: Pending | None, future: list[Served], paced: bool) -> float:
+        """Mean latency of the slowest requests when this is done, on a copy."""
+        coming = [Served(r.index, r.arrival_s, r.tokens) for r in future]
+        copy = self.service.fork(coming)
+        if pending is None:
+            copy.paced = paced
+        requests = [*copy.unfinished(), *coming]
+        if not requests:
+            return 0.0
+        if pending is not None:
+            copy.serve_until(pending.stop_s, sharp=pending.deadline_s < math.inf)
+            copy.paced = paced
+            progress = {d: [r.done + 1 for r in b.requests] for d, b in copy.batches.items()}
+            perform(copy, replace(pending.step, heirs=inherit(progress, pending.step.target)), pending.stop_s)
+        end = at + 3 * HORIZON_S
+        copy.serve_until(end)
+        late = [(end if r.finished_s is None else r.finished_s) - r.arrival_s for r in requests]
+        return float(np.mean(np.sort(late)[-max(1, math.ceil(TAIL * len(late))) :]))
+
+    def _start(self, at: float, candidates: Sequence[Layout], devices: Sequence[str]) -> None:
+        """The first layout, or the first after the model had no room: nothing is held, weights come from storage (before the trace, once)."""
+        choices = []
+        futures = self._futures(at)
+        for target in candidates:
+            self.service.layout, self.service.free_s = target, {}
+            choices.append(self._price(at, target, devices, math.inf, True, futures))
+        best = min(choices, key=lambda c: c.tail_s)
+        step = self.mover.plan(None, {}, {}, best.target, devices)
+        ready = at if not self.outcome.layouts else at + self.cloud.engine_start_s + step.stop_s
+        self.service.layout, self.service.batches, self.service.paced = best.target, {}, best.paced
+        self.service.free_s = dict.fromkeys(range(best.target.data), ready)
+        self.held, self.moving_until = dict(step.goal), ready
+        self.outcome.moved(at, ready, best.target, step.moved_bytes)
+
+    def _give_up(self, at: float, now: bool) -> None:
+        """The model no longer fits: serve on while the machines are there, then lose everything."""
+        self.pending = None
+        if now and self.service.layout is not None:
+            self.service.drop(list(self.service.batches))
+            self.service.layout, self.held = None, {}
+            self.outcome.moved(at, at, None, 0.0)

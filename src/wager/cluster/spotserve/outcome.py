@@ -1,0 +1,50 @@
+"""What a replay says: latencies, layouts, bytes moved, tokens computed twice, and the bill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from wager.cluster.spotserve.latency import Layout
+from wager.cluster.spotserve.service import Served
+from wager.errors import WagerError
+
+
+@dataclass
+class Outcome:
+    """`requests` in order of arrival. layouts: (from when, which); moves: (began, ready) of each migration."""
+
+    requests: list[Served]
+    layouts: list[tuple[float, Layout | None]] = field(default_factory=list)
+    moves: list[tuple[float, float]] = field(default_factory=list)
+    stalls_s: float = 0.0
+    moved_bytes: float = 0.0
+    node_seconds: float = 0.0
+    cost_usd: float = 0.0
+    on_demand_usd: float = 0.0
+
+    @property
+    def latencies_s(self) -> np.ndarray:
+        """Of the finished."""
+        return np.array([r.finished_s - r.arrival_s for r in self.requests if r.finished_s is not None])
+
+    @property
+    def recomputed_tokens(self) -> int:
+        return sum(r.generated - r.done for r in self.requests)
+
+    def quantile(self, q: float) -> float:
+        if not len(self.latencies_s):
+            raise WagerError("no request finished; the machines of this trace never hold the model")
+        return float(np.quantile(self.latencies_s, q))
+
+    def adopted(self, at_s: float, layout: Layout | None, ready_s: float) -> None:
+        """A layout that begins at `at_s`; its pipelines stand still until `ready_s`."""
+        self.layouts.append((at_s, layout))
+        self.stalls_s += max(0.0, ready_s - at_s)
+
+    def moved(self, at_s: float, ready_s: float, layout: Layout | None, size_bytes: float) -> None:
+        """The same, by a migration."""
+        self.adopted(at_s, layout, ready_s)
+        self.moves.append((at_s, ready_s))
+        self.moved_bytes += size_bytes
