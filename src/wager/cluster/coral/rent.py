@@ -1,6 +1,7 @@
 """From models.toml and offers.csv to what to rent.
 
-models.toml has [[model]] with name, layers, hidden, layer_gb, kv_bytes (per token and layer), and for each phase served an objective and a
+models.toml has [[model]] with name, layers, hidden, layer_gb, kv_bytes (per token and layer), for a mixture of experts active_layer_gb, for
+quantized weights weight_bytes (of one weight), and for each phase served an objective and a
 demand: prefill_ms, prefill_tokens_per_s, decode_ms, decode_tokens_per_s; `roofline` has flops_efficiency, read_efficiency, fixed_s as fitted on
 measured machines. offers.csv has region,device,count,usd_per_h,available; devices are those of the catalog.
 """
@@ -33,6 +34,7 @@ def read_demands(raw: Mapping[str, Any]) -> tuple[list[Demand], Roofline]:
                 m["layer_gb"] * 1e9,
                 m["kv_bytes"],
                 m.get("active_layer_gb", 0.0) * 1e9,
+                weight_bytes=m.get("weight_bytes", 2.0),
             )
             for phase in PHASES:
                 if f"{phase}_tokens_per_s" in m:

@@ -18,7 +18,7 @@ from wager.errors import WagerError
 from wager.hardware.cluster import Cluster
 from wager.hardware.layer_cost import MachineProfile, ModelCard
 from wager.simulate.nodes import NodeModel, copy_overhead_s
-from wager.simulate.pipeline import Simulator
+from wager.simulate.native import simulate
 from wager.simulate.timeline import Timeline
 from wager.simulate.trace import Arrival
 
@@ -92,9 +92,7 @@ def simulate_placement(
     placement = stripped(placement, flow)
     router = FlowRouter(flow, placement, load.output_tokens, selector, rng=rng)
     nodes = node_models(cluster, model, profiles, placement)
-    return Simulator(
-        nodes, cluster.link, model.layers, model.activation_bytes, router, arrivals, keep_busy=keep_busy
-    ).run(until_s)
+    return simulate(nodes, cluster.link, model.layers, model.activation_bytes, router, arrivals, until_s, keep_busy)
 
 
 def candidates(
