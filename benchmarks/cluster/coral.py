@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks.cluster import coral_pools as pools
 from benchmarks.harness import Report, arguments, format_table, picture_path, say
 from wager.cluster.coral import baselines
-from wager.cluster.coral.allocate import Allocation, Allocator, Market, check, reconcile
+from wager.cluster.coral.allocate import Allocator
+from wager.cluster.coral.market import Allocation, Market, check, reconcile
 from wager.cluster.coral.templates import Library
 from wager.errors import WagerError
 from wager.hardware.availability import read_counts

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wager.cluster.coral import baselines
-from wager.cluster.coral.allocate import Allocation, Allocator, Market, check, reconcile
+from wager.cluster.coral.allocate import Allocator
+from wager.cluster.coral.market import Allocation, Market, check, reconcile
 from wager.cluster.coral.stage import Configuration, Demand, stage_throughput
 from wager.cluster.coral.templates import (
     Library,

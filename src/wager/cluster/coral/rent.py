@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from wager.cluster.coral.allocate import Allocation, Allocator, Market, check
+from wager.cluster.coral.allocate import Allocator
+from wager.cluster.coral.market import Allocation, Market, check
 from wager.cluster.coral.stage import PHASES, Configuration, Demand, throughput_table
 from wager.cluster.coral.templates import Library, build, split
 from wager.errors import UsageError

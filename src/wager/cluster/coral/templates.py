@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -35,6 +36,16 @@ class Library:
 
     def __len__(self) -> int:
         return len(self.rates_U)
+
+    @cached_property
+    def useful(self) -> np.ndarray:
+        """Templates that are not dominated; found once, like the rates."""
+        return undominated(self)
+
+    @cached_property
+    def equal(self) -> np.ndarray:
+        """Templates whose machines are all of one configuration."""
+        return np.flatnonzero((self.counts_UC > 0).sum(1) == 1)
 
     def machines(self, template: int) -> list[int]:
         """Configuration of each machine, in order."""

@@ -17,8 +17,8 @@ from wager.cluster.helix.route import FlowRouter
 from wager.errors import WagerError
 from wager.hardware.cluster import Cluster
 from wager.hardware.layer_cost import MachineProfile, ModelCard
-from wager.simulate.nodes import NodeModel, copy_overhead_s
 from wager.simulate.native import simulate
+from wager.simulate.nodes import NodeModel, copy_overhead_s
 from wager.simulate.timeline import Timeline
 from wager.simulate.trace import Arrival
 
