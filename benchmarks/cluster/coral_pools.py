@@ -7,6 +7,7 @@ scarce or plenty as the pool says. Nothing here is today's price.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def prices(pool: Pool) -> np.ndarray:
     shelf = catalog.load()
     each = np.array([shelf.usd_per_h(name, n) for name in pool.devices for n in COUNTS])
     return np.array(REGION_PRICE[: pool.regions])[:, None] * each[None, :]
+
+
+def rated(libraries: Sequence[Library], pool: Pool, data: Path) -> list[Library]:
+    """The same templates under another pool's rates: what a template serves does not depend on how much is wanted."""
+    found = []
+    for lib, demand in zip(libraries, demands(pool, data), strict=True):
+        assert dataclasses.replace(lib.demand, tokens_per_s=0) == dataclasses.replace(demand, tokens_per_s=0)
+        found.append(dataclasses.replace(lib, demand=demand))
+        vars(found[-1]).update({"useful": lib.useful, "equal": lib.equal})
+    return found
 
 
 def libraries(pool: Pool, data: Path, roofline: Roofline) -> list[Library]:

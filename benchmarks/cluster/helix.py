@@ -5,7 +5,8 @@ the baselines serve the same requests in the same simulator, with the same profi
 reported is from later requests that it has not seen. Offline: all requests wait from the start. Online: the trace's arrivals at 60 % of the rate that
 the published placement reaches offline. 600 s after 60 s of warm-up. Last, the published simulator's own figures beside ours under its protocol.
 
-Only solve times depend on this machine: `--part solve` measures them alone, `--part serve` the rest; both write into one record.
+Only solve times depend on this machine: `--part solve` measures them alone, `--part serve` the rest, `--instance` one instance of it; all write into
+one record.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ONLINE_SHARE = 0.6
 WARM_UP_S, MEASURED_S = 60.0, 600.0
 PROOF_LIMIT_S = 60.0
 LATENCIES = ("first_token_s_p50", "first_token_s_p99", "inter_token_s_p50", "inter_token_s_p99")
-TRIES = 200  # simulations spent on improving the best candidate
+TRIES = 100  # simulations spent on improving the best candidate
 SCHEDULER = {"swarm": "swarm"}  # a baseline's own scheduler, where it has one
 
 
@@ -63,7 +64,7 @@ def compare(case: Case, optimum: Placement, trace: list[Arrival], seconds: float
     begun = time.perf_counter()
     found = plan(
         case.cluster, case.card, case.profiles, all_at_once(trace[:CHOSEN_ON]), np.random.default_rng(0),
-        simulate_s=choose_s, warm_up_s=WARM_UP_S, time_limit_s=5.0, refine_tries=tries,
+        simulate_s=choose_s, warm_up_s=WARM_UP_S, time_limit_s=3.0, refine_tries=tries,
     )  # fmt: skip
     row: dict = {"instance": case.name, "plan_s": time.perf_counter() - begun, "chosen": found.best.name}
     unseen = trace[CHOSEN_ON:]
@@ -123,43 +124,49 @@ def draw(facts: dict, path: Path) -> None:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--data", type=Path, required=True, help="folder of the shared data sets")
-    parser.add_argument("--part", choices=("all", "solve", "serve"), default="all", help="what to measure now")
+    parser.add_argument(
+        "--part", choices=("all", "solve", "serve", "published"), default="all", help="what to measure now"
+    )
+    parser.add_argument(
+        "--instance", action="append", choices=INSTANCES, help="serve only this one; may be given again"
+    )
     args = parser.parse_args()
     names = INSTANCES[1:3] if args.quick else INSTANCES
-    facts = recorded() if args.part == "serve" else {}
-    if args.part != "serve":
+    facts: dict = {} if args.part == "all" else recorded()
+    if args.part in ("all", "solve"):
         facts["proofs"] = []
         for name in names:
             facts["proofs"].append(proof(published(args.data, name)))
             say(f"{name} solved in {facts['proofs'][-1]['solve_s']:.1f} s")
-    if args.part != "solve":
-        trace = read_trace(args.data / "serving-traces" / "azure_llm_2023_conv.csv", max_prompt=MAX_PROMPT)
+    trace = read_trace(args.data / "serving-traces" / "azure_llm_2023_conv.csv", max_prompt=MAX_PROMPT)
+    if args.part in ("all", "serve"):
         optima = {p["instance"]: {n: (s, e) for n, (s, e) in p["layers"].items()} for p in facts["proofs"]}
         settings = (120.0, 90.0, 0) if args.quick else (WARM_UP_S + MEASURED_S, 240.0, TRIES)
-        facts["served"] = []
-        for name in names:
-            facts["served"].append(compare(published(args.data, name), optima[name], trace, *settings))
-            say(f"{name} served: {facts['served'][-1]['throughput_ratio']:.3f} times the published placement's rate")
-        facts["published_simulator"] = [] if args.quick else compared(args.data, trace)
+        rows = {r["instance"]: r for r in facts.get("served", [])}
+        for name in args.instance or names:
+            rows[name] = compare(published(args.data, name), optima[name], trace, *settings)
+            facts["served"] = [rows[n] for n in names if n in rows]
+            Report("cluster", "helix", [], facts=facts).save()
+            say(f"{name} served: {rows[name]['throughput_ratio']:.3f} times the published placement's rate")
+    if args.part in ("all", "published") and not args.quick:
+        facts["published_simulator"] = compared(args.data, trace)
     show(facts)
-    if "served" in facts:
+    if len(facts.get("served", [])) == len(names):
         draw(facts, picture_path("cluster", "helix"))
     print(f"written: {Report('cluster', 'helix', [], facts=facts).save()}")
 
 
 def recorded() -> dict:
-    """What the other part has written."""
+    """What an earlier run of another part has written."""
     path = RESULTS / "cluster" / "helix.json"
-    if not path.exists():
-        raise SystemExit(f"{path} does not exist: run --part solve first")
-    return {"proofs": json.loads(path.read_text())["facts"]["proofs"]}
+    return json.loads(path.read_text())["facts"] if path.exists() else {}
 
 
 def show(facts: dict) -> None:
     head = ["instance", "published flow", "ours", "proven gap", "solve", "by"]
     print(format_table([head, *(
         [p["instance"], f"{p['published_flow']:.1f}", f"{p['flow']:.1f}", f"{p['gap']:.2%}", f"{p['solve_s']:.1f} s", p["solver"]]
-        for p in facts["proofs"]
+        for p in facts.get("proofs", [])
     )]))  # fmt: skip
     if "served" not in facts:
         return
@@ -175,7 +182,7 @@ def show(facts: dict) -> None:
         for mode in ("offline", "online"):
             rates = ", ".join(f"{name} {one['decode_tokens_per_s']:.1f}" for name, one in r[mode].items())
             print(f"{r['instance']} {mode}, decode tokens/s: {rates}")
-    for p in facts["published_simulator"]:
+    for p in facts.get("published_simulator", []):
         print(f"{p['what']}: published simulator {p['published']}, ours {p['ours']:.1f} ({p['error']:+.1%})")
 
 

@@ -104,9 +104,9 @@ def build(
             rates_SUL = np.stack([
                 sum(table_CL[machines_UN[rows, i]] for i in range(nodes) if partition[i] == s) for s in range(stages)
             ])  # fmt: skip
-            found_U = best_rates(rates_SUL, layers)
-            better = found_U > rates_U[rows] * (1 + 1e-12)
-            rates_U[rows[better]] = found_U[better]
+            # most partitions beat no earlier one, which a single look at the best rate so far tells
+            better = _held(rates_SUL, rates_U[rows] * (1 + 1e-9)).sum(0) >= layers
+            rates_U[rows[better]] = best_rates(rates_SUL[:, better], layers)
             stages_UN[rows[better], :nodes] = partition
     useful = rates_U > 0
     counts_UC = (machines_UN[useful][:, :, None] == np.arange(count)).sum(1)
