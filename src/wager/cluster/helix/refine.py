@@ -6,30 +6,55 @@ proof, for use after the cover program: the flow and its bound are still reporte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from wager.cluster.helix.flow import Placement
 
-Rate = Callable[[Placement], float]  # simulated output tokens/s of a placement, 0 where it serves nothing
+Rates = Callable[
+    [Sequence[Placement]], list[float]
+]  # simulated output tokens/s of placements, 0 where one serves nothing
+Promise = Callable[[Placement], float]
+PROMISING = 0.8
+LOOKS = 50  # neighbours looked at for one that promises enough
 MOVES = ("slide", "stretch", "jump", "swap")
 
 
 def refine(
-    placement: Placement, most_layers: dict[str, int], layers: int, rate: Rate, tries: int, rng: np.random.Generator
+    starts: Sequence[tuple[Placement, float]],
+    most_layers: dict[str, int],
+    layers: int,
+    rates: Rates,
+    promise: Promise,
+    tries: int,
+    rng: np.random.Generator,
+    at_once: int = 1,
 ) -> tuple[dict[str, tuple[int, int]], float]:
-    """Hill climbing over `tries` simulations. most_layers: node -> layers it may hold at most, also of nodes that hold none yet."""
-    best = dict(placement)
-    best_rate = rate(best)
-    for _ in range(tries):
-        changed = neighbour(best, most_layers, layers, rng)
-        if changed == best or not covers(changed, layers):
-            continue
-        changed_rate = rate(changed)
-        if changed_rate > best_rate:
-            best, best_rate = changed, changed_rate
-    return best, best_rate
+    """Hill climbing from several placements in turn, over about `tries` simulations, `at_once` of them together.
+
+    starts: placements with their rates. most_layers: node -> layers it may hold at most, also of nodes that hold none yet. promise: a cheap
+    estimate; neighbours that promise much less than where they come from are not simulated. Returns the best placement and its rate.
+    """
+    now = [(dict(placement), rate) for placement, rate in starts]
+    best = max(now, key=lambda one: one[1])
+    for turn in range(-(-tries // at_once)):
+        # the best so far gets every other turn
+        place = max(range(len(now)), key=lambda i: now[i][1]) if turn % 2 else turn // 2 % len(now)
+        here = now[place][0]
+        floor = PROMISING * promise(here)
+        tried = []
+        for _ in range(LOOKS * at_once):
+            changed = neighbour(here, most_layers, layers, rng)
+            if changed != here and changed not in tried and covers(changed, layers) and promise(changed) >= floor:
+                tried.append(changed)
+            if len(tried) == at_once:
+                break
+        for changed, rate in zip(tried, rates(tried), strict=True):
+            if rate > now[place][1]:
+                now[place] = changed, rate
+        best = max(best, now[place], key=lambda one: one[1])
+    return best
 
 
 def covers(placement: Placement, layers: int) -> bool:
