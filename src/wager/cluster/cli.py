@@ -100,11 +100,18 @@ def _plan_helix(
 
 def _plan_coral(demand: Path, offers: Path, output: Path) -> None:
     from wager.cluster.coral.rent import plan_rent
+    from wager.cluster.plan_file import write_lines
 
-    found, lines = plan_rent(tomllib.loads(demand.read_text()), _rows(offers))
+    try:
+        wanted = tomllib.loads(demand.read_text())
+    except OSError as error:
+        raise UsageError(f"{demand} cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{demand} is not TOML: {error}") from None
+    found, lines = plan_rent(wanted, _rows(offers))
     for line in lines:
         print(line)
-    output.write_text("\n".join(found) + "\n")
+    write_lines(found, output)
     print(f"wrote {output}")
 
 

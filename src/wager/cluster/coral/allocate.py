@@ -14,6 +14,7 @@ When stock is too scarce every demand is scaled down by the same factor: the lar
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 
@@ -30,6 +31,7 @@ from wager.solve.model import INFINITE
 ROUNDS = 200
 PER_ROUND = 6  # best new columns per demand and region in one round
 MOST_COLUMNS = 30_000
+PROMISING = 25  # columns per demand and region in the integer program for the largest share, where all are too many
 FEW_COLUMNS = 3_000  # that the integer program for the largest share takes all at once
 
 
@@ -73,7 +75,7 @@ class Allocator:
             except Scarce:
                 pass  # fractions of replicas fit the stock, whole ones do not
         others = [baselines.scaled(self.libraries, self.market, policy) for policy in baselines.POLICIES]
-        factor, plan = self._largest_factor(packer, current, others, begun + time_limit_s * 0.8)
+        factor, most, plan = self._largest_factor(packer, current, others, begun + time_limit_s * 0.8)
         if factor <= 0:
             raise WagerError("no part of the demands can be served with this stock; add machines or loosen objectives")
         factor *= 1 - 1e-9
@@ -82,7 +84,8 @@ class Allocator:
             raise WagerError(
                 f"the plan for {factor:.2%} of the demands does not fit the stock: this is a bug in the allocator"
             )
-        return self._integer(*found, current, factor, begun, time_limit_s, gap, [plan])
+        found_plan = self._integer(*found, current, factor, begun, time_limit_s, gap, [plan])
+        return dataclasses.replace(found_plan, most_factor=max(factor, most))
 
     # -- the linear program over all columns -------------------------------------------------------------------------------------
 
@@ -195,9 +198,9 @@ class Allocator:
 
     def _largest_factor(
         self, packer: Packer, current: Mapping[Key, int], others: Sequence[Allocation], end_s: float
-    ) -> tuple[float, dict[Key, int]]:
-        """The largest common share of the demands that a plan was found for, and the plan: the best of the baselines, of packing, and of
-        the integer program over every column that fits the stock where these are few."""
+    ) -> tuple[float, float, dict[Key, int]]:
+        """(largest common share of the demands that a plan was found for, bound on that, the plan): the best of the baselines, of packing,
+        and of the integer program over the columns that fit the stock: all where these are few, the most promising where not."""
         best = max(others, key=lambda o: o.factor)
         factor, plan = best.factor, dict(best.running)
         found = self._generate(current, 1.0, scale=True)
@@ -205,13 +208,14 @@ class Allocator:
         columns, lp = found
         high = min(1.0, lp.value or 0.0)
         if high <= factor:
-            return factor, plan
+            return factor, high, plan
         begun = time.perf_counter()
         few = packer.num_columns <= FEW_COLUMNS
         share, packed = packer.largest(self._worth(lp), factor, high, begun + (end_s - begun) * (0.3 if few else 0.6))
         if packed is not None and packer.share(packed) > factor:
             factor, plan = packer.share(packed), packed
-        columns = list(dict.fromkeys([*columns, *plan, *(packer.columns() if few else ())]))
+        more = packer.columns() if few else self._promising(lp)
+        columns = list(dict.fromkeys([*columns, *plan, *more]))
         answer = solve(
             self._program(columns, current, 1.0, scale=True, whole=True, short=False),
             time_limit_s=max(0.2, end_s - time.perf_counter()), gap=1e-3,
@@ -220,7 +224,16 @@ class Allocator:
             counted = self._read_counts(answer, columns, current, first=1)
             if packer.share(counted) > factor:
                 factor, plan = packer.share(counted), counted
-        return factor, plan
+        return factor, high, plan
+
+    def _promising(self, lp: Solution) -> list[Key]:
+        """The columns of every demand and region that the relaxation for the largest share comes closest to using."""
+        return [
+            (d, r, int(u))
+            for d, r, reduced_U in self._reduced_costs(lp, True, 1.0)
+            for u in np.argsort(reduced_U, kind="stable")[:PROMISING]
+            if np.isfinite(reduced_U[u])
+        ]
 
     def _worth(self, lp: Solution) -> np.ndarray:
         """[R, C] what one machine more would be worth."""
@@ -348,5 +361,5 @@ class Allocator:
         }  # fmt: skip
         return Allocation(
             running, self._price_of(running), self._penalty(running, current), bound, factor,
-            time.perf_counter() - begun, self.num_columns, proven, scarcity,
+            time.perf_counter() - begun, self.num_columns, proven, scarcity=scarcity,
         )  # fmt: skip

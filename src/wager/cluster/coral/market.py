@@ -40,7 +40,8 @@ class Market:
 class Allocation:
     """`running[demand, region, template] = replicas`; `usd_per_h` their price, `penalty_usd` what starting the added ones counts.
 
-    bound: no allocation at this `factor` of the demands costs less (price and penalty together). scarcity: USD per hour that one more
+    bound: no allocation at this `factor` of the demands costs less (price and penalty together). most_factor: no allocation serves a larger
+    common share. scarcity: USD per hour that one more
     machine of a configuration in a region would save (from the linear program), where that is not zero.
     """
 
@@ -52,6 +53,7 @@ class Allocation:
     seconds: float
     columns: int
     proven: bool
+    most_factor: float = 1.0
     scarcity: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     @property

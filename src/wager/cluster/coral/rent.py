@@ -78,6 +78,11 @@ def plan_rent(raw: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> tupl
         f"{found.usd_per_h:.2f} USD/h for {found.factor:.1%} of the demands; no plan costs less than {found.bound:.2f} (gap {found.gap:.2%}, "
         f"{found.columns} columns, {found.seconds:.1f} s)",
         *(
+            [f"the stock is too scarce for all of them: no plan serves more than {found.most_factor:.1%}"]
+            if found.factor < 1
+            else []
+        ),
+        *(
             f"one more {name} in {region} would save {worth:.2f} USD/h"
             for (region, name), worth in found.scarcity.items()
         ),

@@ -26,6 +26,7 @@ from wager.simulate.timeline import Timeline
 from wager.simulate.trace import Arrival
 
 MAX_PROMPT = 2048
+LEAST_HELD = (0.5, 0.7, 0.9)
 REFINED = 4  # candidates that refinement starts from
 MARGIN = 1.02  # a refined placement must serve so much more: less is the luck of one run of requests
 
@@ -137,6 +138,11 @@ def candidates(
         again = cover(limit, consistent)
         if again is not None:
             consider(f"{name}, consistent profile", again.placement, consistent)
+    for share in LEAST_HELD:  # T(k) is of a typical load: of few layers a node it promises more than it keeps
+        large = {m: {k: t for k, t in by_k.items() if k >= share * max(by_k)} for m, by_k in throughput.items()}
+        best = cover(None, large)
+        if best is not None:
+            consider(f"cover, {share:.0%} of the layers a node can hold or more", best.placement)
     others = {
         "swarm": lambda: baselines.swarm(cluster, throughput, model.layers),
         "petals": lambda: baselines.petals(cluster, throughput, model.layers, rng),
@@ -158,7 +164,7 @@ def plan(
     arrivals: Sequence[Arrival],
     rng: np.random.Generator,
     load: Load | None = None,
-    hop_limits: Sequence[int] = (8, 10, 12, 13, 14, 15, 16, 18),
+    hop_limits: Sequence[int] = (8, 10, 12, 14, 16, 18),
     simulate_s: float = 660.0,
     warm_up_s: float = 60.0,
     time_limit_s: float = 10.0,

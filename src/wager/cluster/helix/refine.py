@@ -18,7 +18,7 @@ Rates = Callable[
 Promise = Callable[[Placement], float]
 PROMISING = 0.8
 LOOKS = 50  # neighbours looked at for one that promises enough
-MOVES = ("slide", "stretch", "jump", "swap")
+MOVES = ("slide", "stretch", "jump", "swap", "boundary")
 
 
 def refine(
@@ -71,26 +71,46 @@ def neighbour(
     changed = dict(placement)
     for _ in range(int(rng.integers(1, 4))):
         node = str(rng.choice(sorted(most_layers)))
-        start, end = changed.get(node, (0, 1))
-        move = MOVES[int(rng.integers(len(MOVES)))]
-        if move == "swap":
-            other = str(rng.choice(sorted(most_layers)))
-            windows = changed.get(node), changed.get(other)
-            if all(w is not None for w in windows):
-                for name, window in ((node, windows[1]), (other, windows[0])):
-                    assert window is not None
-                    changed[name] = fitted(window[0], window[1] - window[0], most_layers[name], layers)
+        most = most_layers[node]
+        if node not in changed:  # it holds nothing yet: anything may help
+            changed[node] = fitted(int(rng.integers(layers)), int(rng.integers(1, most + 1)), most, layers)
             continue
+        start, end = changed[node]
+        size = end - start
+        move = MOVES[int(rng.integers(len(MOVES)))]
         if move == "slide":
             start += int(rng.choice([-2, -1, 1, 2]))
         elif move == "jump":
-            start = int(rng.integers(layers))
-        size = end - changed.get(node, (0, 1))[0]
-        if move == "stretch":
-            size += int(rng.choice([-1, 1]))
-            start += int(rng.integers(2)) * int(rng.choice([-1, 1]))
-        changed[node] = fitted(start, size, most_layers[node], layers)
+            start, size = int(rng.integers(layers)), int(rng.integers(1, most + 1))
+        elif move == "stretch":
+            grown = int(rng.choice([-1, 1]))
+            size += grown
+            start -= grown * int(rng.integers(2))  # at its beginning or at its end
+        elif move == "boundary":
+            _move_boundary(changed, node, most_layers, layers, rng)
+            continue
+        else:
+            other = str(rng.choice(sorted(changed)))
+            theirs = changed[other]
+            changed[other] = fitted(start, size, most_layers[other], layers)
+            start, size = theirs[0], theirs[1] - theirs[0]
+        changed[node] = fitted(start, size, most, layers)
     return changed
+
+
+def _move_boundary(
+    placement: dict[str, tuple[int, int]], node: str, most_layers: dict[str, int], layers: int, rng: np.random.Generator
+) -> None:
+    """Where the node's window ends and others begin, move that by a layer or two: no layer is uncovered."""
+    start, end = placement[node]
+    step = int(rng.choice([-2, -1, 1, 2]))
+    for name, (first, last) in list(placement.items()):
+        if first == end and 0 < last - (first + step) <= most_layers[name] and first + step >= 0:
+            placement[name] = (first + step, last)
+        elif last == end and name != node and 0 < end + step - first <= most_layers[name] and end + step <= layers:
+            placement[name] = (first, end + step)
+    if 0 < end + step - start <= most_layers[node] and end + step <= layers:
+        placement[node] = (start, end + step)
 
 
 def fitted(start: int, size: int, most: int, layers: int) -> tuple[int, int]:
