@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.cluster import coral_pools as pools
-from benchmarks.harness import Report, arguments, format_table, picture_path, say
+from benchmarks.harness import RESULTS, Report, arguments, format_table, picture_path, say
 from wager.cluster.coral import baselines
 from wager.cluster.coral.allocate import Allocator
 from wager.cluster.coral.market import Allocation, Market, check, reconcile
@@ -192,37 +193,55 @@ def built(cases: Sequence[pools.Pool], data: Path, roofline: Roofline) -> dict[s
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--data", type=Path, required=True, help="folder of the shared data sets")
+    parser.add_argument(
+        "--part", choices=("all", "pools", "many"), default="all", help="many: only solve times with many templates"
+    )
     args = parser.parse_args()
     roofline, left_out = pools.fitted(args.data)
     say(f"roofline {roofline}; median error on a machine it has not seen {np.median(list(left_out.values())):.0%}")
-    small, large = (2, 2) if args.quick else (6, 4)
+    facts = measured(args.data, args.quick, roofline) if args.part != "many" else recorded()
+    facts |= {"roofline": vars(roofline), "left_out_error": left_out}
+    if args.part != "pools" and not args.quick:
+        facts["many_templates"] = many(args.data, roofline, np.random.default_rng(0))
+    show(facts)
+    draw(facts["plenty"], picture_path("cluster", "coral"))
+    print(f"written: {Report('cluster', 'coral', [], facts=facts).save()}")
+
+
+def recorded() -> dict:
+    """What an earlier run of the other part has written."""
+    path = RESULTS / "cluster" / "coral.json"
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist: run --part pools first")
+    return json.loads(path.read_text())["facts"]
+
+
+def measured(data: Path, quick: bool, roofline: Roofline) -> dict:
+    small, large = (2, 2) if quick else (5, 4)
     code = "azure_llm_2023_code"
     even, heavy = pools.extended(large), pools.extended(large, share="large")
     cases = [pools.core(small), even, heavy]
-    if not args.quick:
+    if not quick:
         cases += [pools.core(small, code), pools.extended(large, code), pools.extended(large, share="small")]
-    libraries = built(cases, args.data, roofline)
-    facts: dict = {"roofline": vars(roofline), "left_out_error": left_out}
+    libraries = built(cases, data, roofline)
+    facts: dict = {}
     facts["plenty"] = [priced(pool, libraries[pool.name], PLENTY) for pool in cases]
     rng = np.random.default_rng(0)
     facts["epochs"], facts["scarce"] = {}, []
     for pool, above, scale in ((cases[0], 1.25, 0.125), (even, 1.75, 0.25), (heavy, 1.75, 0.25)):
-        stock = stock_over_time(args.data, pools.prices(pool).shape, 2 if args.quick else 10, rng)
+        stock = stock_over_time(data, pools.prices(pool).shape, 2 if quick else 10, rng)
         for share in (START_UP_SHARE, 0.0) if pool is cases[0] else (START_UP_SHARE,):
             label = f"{pool.name}, start-up share {share:g}"
             facts["epochs"][label] = epochs_run(pool, libraries[pool.name], stock, share)
             say(f"{label}: {facts['epochs'][label]['cheaper_than_best']}")
         scarce_stock = np.floor(stock[0] * scale)
-        largest = most(pool, libraries[pool.name], scarce_stock, args.data)
+        largest = most(pool, libraries[pool.name], scarce_stock, data)
         for multiple in (above, 1.0, 0.5):
             asked = times(pool, largest / multiple)
-            row = priced(asked, pools.rated(libraries[pool.name], asked, args.data), scarce_stock)
+            row = priced(asked, pools.rated(libraries[pool.name], asked, data), scarce_stock)
             facts["scarce"].append(row | {"stock_over_need": multiple, "rates_multiplied": largest / multiple})
-    if not args.quick:
-        facts["many_templates"] = many(args.data, roofline, rng)
-    show(facts)
-    draw(facts["plenty"], picture_path("cluster", "coral"))
-    print(f"written: {Report('cluster', 'coral', [], facts=facts).save()}")
+        Report("cluster", "coral", [], facts=facts).save()  # what is measured is kept should the rest take too long
+    return facts
 
 
 def many(data: Path, roofline: Roofline, rng: np.random.Generator) -> dict:

@@ -26,6 +26,7 @@ UNITS = {
     "wager_motifs": ["detect/bond/cpp/motifs.cpp"],
     "wager_pairs": ["detect/bond/cpp/pairs.cpp"],
     "wager_enumerate": ["compile/mirage/enumerate.cpp"],
+    "wager_pipeline": ["simulate/cpp/pipeline.cpp"],
     "wager_detect": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "detect/tod/cpp").glob("*.cpp")),
 }  # fmt: skip
 

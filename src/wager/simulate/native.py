@@ -25,7 +25,6 @@ from wager.simulate.timeline import Record, Timeline
 from wager.simulate.trace import Arrival
 
 SOURCE_FILE = Path(__file__).parent / "cpp" / "pipeline.cpp"
-FLAGS = ("-ffp-contract=off",)  # the reference rounds after every operation
 NO_LINK, NO_ROOM, NEGATIVE, CALLBACK = 1, 2, 3, 4
 
 _P, _I, _D, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_double, ctypes.c_int64
@@ -53,7 +52,7 @@ _SIGNATURES = {
 @cache
 def library() -> ctypes.CDLL:
     """The compiled event loop. Raises BuildError when this machine has no compiler."""
-    lib = build.load("wager_pipeline", [SOURCE_FILE], FLAGS)
+    lib = build.load("wager_pipeline", [SOURCE_FILE])
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments

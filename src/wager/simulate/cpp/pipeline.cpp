@@ -68,10 +68,13 @@ struct Channel {
   double bytes_per_s = 0, latency_s = 0, free_s = 0;
 };
 
+// Rounds before it is added to anything: a compiler may fuse a product and a sum, the reference does not.
+__attribute__((noinline)) double product(double a, double b) { return a * b; }
+
 double look_up(const std::vector<double>& table, int64_t size) {
   const int64_t last = static_cast<int64_t>(table.size()) - 1;
   if (size <= last) return table[size];
-  return table[last] + (table[last] - table[last - 1]) * static_cast<double>(size - last);
+  return table[last] + product(table[last] - table[last - 1], static_cast<double>(size - last));
 }
 
 class Pipeline {
@@ -359,8 +362,8 @@ class Pipeline {
   std::vector<int32_t> cuts_;
 
   double batch_s(const Node& node, int64_t prompt_tokens, int64_t decodes, bool whole) {
-    const double overhead = node.overhead_s_per_token * static_cast<double>(prompt_tokens + decodes);
-    if (whole) return overhead + (node.last - node.first) * (look_up(node.prompt_s, prompt_tokens) + look_up(node.decode_s, decodes));
+    const double overhead = product(node.overhead_s_per_token, static_cast<double>(prompt_tokens + decodes));
+    if (whole) return overhead + product(node.last - node.first, look_up(node.prompt_s, prompt_tokens) + look_up(node.decode_s, decodes));
     cuts_.clear();
     for (int32_t id : node.batch) {
       const Stage& stage = flights_[id].path[flights_[id].hop];
@@ -380,7 +383,7 @@ class Pipeline {
         any = true;
         flight.tokens == 1 ? ++ones : prompts += flight.tokens;
       }
-      if (any) seconds += (cuts_[cut + 1] - cuts_[cut]) * (look_up(node.prompt_s, prompts) + look_up(node.decode_s, ones));
+      if (any) seconds += product(cuts_[cut + 1] - cuts_[cut], look_up(node.prompt_s, prompts) + look_up(node.decode_s, ones));
     }
     return seconds;
   }
@@ -401,7 +404,7 @@ class Pipeline {
       ++flight.hop;
       const bool last = flight.hop == static_cast<int32_t>(flight.path.size());
       const int32_t target = last ? sink() : flight.path[flight.hop].node;
-      const double bytes = last ? kTokenBytes : flight.tokens * activation_bytes_;
+      const double bytes = last ? kTokenBytes : product(flight.tokens, activation_bytes_);
       auto way = std::find_if(onward_.begin(), onward_.end(), [&](const Onward& o) { return o.target == target; });
       if (way == onward_.end()) {
         onward_.push_back({target, take_message(), bytes});
