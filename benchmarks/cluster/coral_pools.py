@@ -7,6 +7,7 @@ scarce or plenty as the pool says. Nothing here is today's price.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +25,14 @@ MEASURED = {
     "a100": ("A100-40GB", 1), "v100": ("V100", 1), "l4": ("L4", 1), "l4x2": ("L4", 2), "t4": ("T4", 1), "t4x2": ("T4", 2),
     "t4x4": ("T4", 4),
 }  # fmt: skip
+QUARTER = 0.63  # bytes a weight of the gpt-oss checkpoints: experts in 4 bits with scales, the rest in 16
 # name: card (layers, hidden, bytes of a layer, KV bytes per token and layer, bytes a token touches in a mixture), prefill and decode objective in ms
 SERVED = {
     "phi-4": (ModelCard("phi-4", 40, 5120, 29.3e9 / 40, 5120), 1200, 60),
-    "gpt-oss-20b": (ModelCard("gpt-oss-20b", 24, 2880, 13.0e9 / 24, 2048, 2.3e9 / 24), 900, 30),
+    "gpt-oss-20b": (ModelCard("gpt-oss-20b", 24, 2880, 13.0e9 / 24, 2048, 2.3e9 / 24, weight_bytes=QUARTER), 900, 30),
     "qwen3-32b": (ModelCard("qwen3-32b", 64, 5120, 65.5e9 / 64, 4096), 1600, 100),
     "llama3-70b": (ModelCard("llama3-70b", 80, 8192, 141e9 / 80, 4096), 1500, 80),
-    "gpt-oss-120b": (ModelCard("gpt-oss-120b", 36, 2880, 63e9 / 36, 2048, 3.2e9 / 36), 1000, 40),
+    "gpt-oss-120b": (ModelCard("gpt-oss-120b", 36, 2880, 63e9 / 36, 2048, 3.2e9 / 36, weight_bytes=QUARTER), 1000, 40),
     "qwen3-235b": (ModelCard("qwen3-235b", 94, 4096, 470e9 / 94, 2048, 44e9 / 94), 1800, 120),
 }
 SMALL, LARGE = ("phi-4", "gpt-oss-20b", "qwen3-32b"), ("llama3-70b", "gpt-oss-120b", "qwen3-235b")
@@ -107,6 +109,16 @@ def prices(pool: Pool) -> np.ndarray:
     shelf = catalog.load()
     each = np.array([shelf.usd_per_h(name, n) for name in pool.devices for n in COUNTS])
     return np.array(REGION_PRICE[: pool.regions])[:, None] * each[None, :]
+
+
+def rated(libraries: Sequence[Library], pool: Pool, data: Path) -> list[Library]:
+    """The same templates under another pool's rates: what a template serves does not depend on how much is wanted."""
+    found = []
+    for lib, demand in zip(libraries, demands(pool, data), strict=True):
+        assert dataclasses.replace(lib.demand, tokens_per_s=0) == dataclasses.replace(demand, tokens_per_s=0)
+        found.append(dataclasses.replace(lib, demand=demand))
+        vars(found[-1]).update({"useful": lib.useful, "equal": lib.equal})
+    return found
 
 
 def libraries(pool: Pool, data: Path, roofline: Roofline) -> list[Library]:

@@ -28,6 +28,7 @@ UNITS = {
     "wager_masks": ["detect/bond/cpp/masks.cpp"],
     "wager_adam": ["detect/bond/cpp/adam.cpp"],
     "wager_enumerate": ["compile/mirage/enumerate.cpp"],
+    "wager_pipeline": ["simulate/cpp/pipeline.cpp"],
     "wager_detect": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "detect/tod/cpp").glob("*.cpp")),
 }  # fmt: skip
 

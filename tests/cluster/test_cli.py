@@ -100,6 +100,8 @@ def test_coral_plan(tmp_path, capsys):
     assert 'machines = ["1xA100"]' in (tmp_path / "plan.toml").read_text()
     (tmp_path / "offers.csv").write_text("region,device,count,usd_per_h,available\na,TPU,4,6.7,8\n")
     assert run("plan", "--planner", "coral", *files) == 2 and "TPU" in capsys.readouterr().err
+    (tmp_path / "models.toml").write_text("[roofline")
+    assert run("plan", "--planner", "coral", *files) == 2 and "not TOML" in capsys.readouterr().err
     assert run("plan", "--planner", "oracle") == 2
 
 

@@ -1,6 +1,7 @@
 """Coral: templates equal to the paper's program and to brute force, the two stages together equal to one joint optimum, lawful plans."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wager.cluster.coral import baselines
-from wager.cluster.coral.allocate import Allocation, Allocator, Market, check, reconcile
+from wager.cluster.coral.allocate import Allocator
+from wager.cluster.coral.market import Allocation, Market, check, reconcile
+from wager.cluster.coral.pack import Packer
 from wager.cluster.coral.stage import Configuration, Demand, stage_throughput
 from wager.cluster.coral.templates import (
     Library,
@@ -136,6 +139,24 @@ def joint_optimum(libraries, market, current=None, share=0.0):
     return solve(program).value
 
 
+def joint_share(libraries, market):
+    """The largest common share of the demands: every template of every demand in every region in one integer program."""
+    program = LinearModel(maximize=True)
+    share, use = program.add("share", 0, 1, 1.0), {}
+    for lib in libraries:
+        terms = [(share, -lib.demand.tokens_per_s)]
+        for u in range(len(lib)):
+            for r in range(len(market.regions)):
+                c = program.add("", 0, float("inf"), integer=True)
+                terms.append((c, float(lib.rates_U[u])))
+                for k in range(2):
+                    use.setdefault((r, k), []).append((c, float(lib.counts_UC[u, k])))
+        program.row(terms, lower=0)
+    for (r, k), terms in use.items():
+        program.row(terms, upper=float(market.stock_RC[r, k]))
+    return solve(program).value
+
+
 def market(stock, prices=((2.0, 1.1), (2.3, 0.9))):
     return Market(("r0", "r1"), CONFIGURATIONS, np.array(stock, float), np.array(prices))
 
@@ -160,7 +181,7 @@ def test_two_stages_equal_the_joint_optimum(first, second, stock, rate0, rate1):
     check(found, libraries, rent)
     assert found.bound <= found.objective + 1e-6
     if joint is None:
-        assert found.factor < 1
+        assert found.factor < 1 and found.factor == pytest.approx(joint_share(libraries, rent), rel=2e-3)
     else:
         assert found.factor == 1 and found.usd_per_h == pytest.approx(joint)
         for policy in baselines.POLICIES:
@@ -249,3 +270,55 @@ def test_no_plan_is_worse_than_equal_machines_even_without_time():
             other = baselines.greedy(libraries, rent, policy)
             assert other.factor <= found.factor * (1 + 1e-6)
             assert other.factor < found.factor * (1 - 1e-6) or other.usd_per_h >= found.usd_per_h - 1e-6
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(tables(), min_size=2, max_size=3), st.lists(st.integers(0, 6), min_size=4, max_size=4),
+    st.lists(st.integers(1, 200), min_size=3, max_size=3), st.sampled_from([1e-3, 0.3]),
+)  # fmt: skip
+def test_no_baseline_is_better_anywhere(given_tables, stock, rates, limit_s):
+    """Plenty or scarce, with time to solve or without: at least the share that any baseline reaches, and no dearer at the same share."""
+    libraries = [
+        complete_library(t, Demand(CARD, "decode", 1.0, float(r))) for t, r in zip(given_tables, rates, strict=False)
+    ]
+    if None in libraries:
+        return
+    rent = market([stock[:2], stock[2:]])
+    others = [b(libraries, rent, p) for p in baselines.POLICIES for b in (baselines.greedy, baselines.scaled)]
+    for other in others:
+        check(other, libraries, rent)
+    try:
+        found = Allocator(libraries, rent).allocate(time_limit_s=limit_s)
+    except WagerError:
+        assert max(o.factor for o in others) == 0
+        return
+    check(found, libraries, rent)
+    for other in others:
+        assert other.factor <= found.factor * (1 + 1e-6)
+        assert other.factor < found.factor * (1 - 1e-6) or other.usd_per_h >= found.usd_per_h - 1e-6
+
+
+def test_a_large_replica_is_not_shared_among_demands():
+    """The relaxation gives each demand a third of a machine that serves any of them alone; whole plans need the small machines."""
+    counts = {(1, 0): 300.0, (0, 1): 20.0, (0, 2): 45.0}
+    libraries = [library(counts, Demand(CARD, "decode", 1.0, 100.0)) for _ in range(3)]
+    rent = market([[1, 4], [0, 0]])
+    found = Allocator(libraries, rent).allocate()
+    check(found, libraries, rent)
+    assert found.factor == pytest.approx(0.45)  # one demand takes the large machine, each other two small ones
+    packer = Packer(libraries, [lib.counts_UC @ rent.price_RC.T for lib in libraries], rent.stock_RC)
+    worth_RC, soon = np.zeros((2, 2)), time.perf_counter() + 60
+    assert packer.pack(0.45, worth_RC, soon) is not None and packer.pack(0.46, worth_RC, soon) is None
+    share, plan = packer.largest(worth_RC, 0.0, 1.0, soon)
+    assert packer.share(plan) == pytest.approx(0.45) and share == pytest.approx(0.45, rel=0.01)
+
+
+def test_a_scaled_baseline_starves_nobody():
+    """Served in order the first model would take all machines; scaled down alike, each gets its part."""
+    libraries = [library({(1, 0): 10.0}, Demand(CARD, "decode", 1.0, 100.0)) for _ in range(2)]
+    rent = market([[4, 0], [0, 0]])
+    assert baselines.greedy(libraries, rent, "cauchy").factor == 0
+    scaled = baselines.scaled(libraries, rent, "cauchy")
+    check(scaled, libraries, rent)
+    assert scaled.factor == pytest.approx(0.2, abs=0.002) and sum(scaled.running.values()) == 4

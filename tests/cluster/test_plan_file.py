@@ -50,6 +50,20 @@ def test_refining_never_gets_worse_and_stays_lawful():
 
     start = {"a": (0, 2), "b": (2, 4), "c": (4, 6)}
     most = {"a": 3, "b": 4, "c": 2, "d": 2}
-    best, value = refine(start, most, 6, rate, 200, np.random.default_rng(0))
-    assert covers(best, 6) and value == rate(best) > rate(start)
+    tried = []
+
+    def rates(placements):
+        tried.extend(placements)
+        return [rate(p) for p in placements]
+
+    def promise(placement):
+        return 1.0 if placement.get("a", (0, 0))[0] == 0 else 0.5
+
+    other = {"a": (0, 3), "b": (2, 5), "c": (4, 6)}
+    starts = [(start, rate(start)), (other, rate(other))]
+    best, value = refine(starts, most, 6, rates, promise, 200, np.random.default_rng(0), at_once=3)
+    assert covers(best, 6) and value == rate(best) > max(rate(start), rate(other))
+    assert 100 < len(tried) <= 201 and all(
+        promise(p) == 1.0 for p in tried
+    )  # what promises too little is not simulated
     assert all(0 <= s < e <= 6 and e - s <= most[n] for n, (s, e) in best.items())

@@ -5,7 +5,7 @@ import pytest
 
 from wager.errors import UsageError
 from wager.hardware import availability, catalog, layer_cost
-from wager.hardware.cluster import SINK, SOURCE, Cluster, Link, Node, read_links, uniform
+from wager.hardware.cluster import SINK, SOURCE, Cluster, Device, Link, Node, read_links, uniform
 
 
 def test_links_go_both_ways_and_units_are_bytes(tmp_path):
@@ -104,3 +104,22 @@ def test_counts_become_the_same_counts_again(tmp_path):
     path.write_text("trace,gap_seconds,start_tick,length_ticks,value\nt,10,0,2,4\nt,10,2,3,1\n")
     gap, read = availability.read_counts(path, "t")
     assert gap == 10 and read.tolist() == [4, 4, 1, 1, 1]
+
+
+def test_a_mixture_reads_what_its_tokens_touch_and_computes_by_weight_not_by_byte():
+    dense = layer_cost.ModelCard("dense", 4, 8, 100.0, 1.0)
+    mixture = layer_cost.ModelCard("mixture", 4, 8, 100.0, 1.0, active_layer_bytes=10.0)
+    assert dense.touched_bytes(1) == dense.touched_bytes(999) == 100.0
+    assert mixture.touched_bytes(1) == pytest.approx(10.0) and mixture.touched_bytes(2) == pytest.approx(19.0)
+    assert mixture.touched_bytes(500) == pytest.approx(100.0)  # a prompt meets every expert
+    assert dense.layer_flops == 100.0 and mixture.layer_flops == 10.0
+    quarter = layer_cost.ModelCard("quarter", 4, 8, 100.0, 1.0, weight_bytes=0.5)
+    assert quarter.layer_flops == 400.0  # 200 weights of half a byte, a multiply and an add each
+    device = Device("d", 1e9, 1e3, 1e9)
+    free = layer_cost.Roofline(1.0, 1.0, 0.0)
+    assert free.prompt_s(500, mixture, device) == pytest.approx(0.1)
+
+
+def test_a_table_is_looked_up_all_at_once_as_one_by_one():
+    table = layer_cost.Table((1, 4, 10), (1.0, 2.5, 3.0))
+    assert table.upto(15) == pytest.approx([table(size) for size in range(16)])

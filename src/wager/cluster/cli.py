@@ -31,9 +31,9 @@ def plan(
     trace: Annotated[Path | None, typer.Option(help="helix: requests that candidates are tried on")] = None,
     demand: Annotated[Path | None, typer.Option(help="coral: models.toml")] = None,
     offers: Annotated[Path | None, typer.Option(help="coral: region,device,count,usd_per_h,available")] = None,
-    simulate_s: Annotated[float, typer.Option(help="helix: simulated seconds per candidate")] = 240.0,
+    simulate_s: Annotated[float, typer.Option(help="helix: simulated seconds per candidate")] = 660.0,
     time_limit: Annotated[float, typer.Option(help="helix: seconds of solving per candidate")] = 10.0,
-    refine: Annotated[int, typer.Option(help="helix: simulations spent on improving the best candidate")] = 24,
+    refine: Annotated[int, typer.Option(help="helix: simulations spent on improving the best candidates")] = 48,
     output: Annotated[Path, typer.Option("-o", "--output", help="where the plan goes")] = Path("plan.toml"),
 ) -> None:
     """Propose a plan, with its bound and gap, and write it as TOML."""
@@ -81,7 +81,7 @@ def _plan_helix(
     arrivals = all_at_once(read_trace(trace, max_prompt=MAX_PROMPT))
     found = plan_helix(
         cluster, card, read_profiles(folder, model), arrivals, np.random.default_rng(0), simulate_s=simulate_s,
-        warm_up_s=simulate_s / 4, time_limit_s=time_limit, refine_tries=refine,
+        warm_up_s=min(60.0, simulate_s / 4), time_limit_s=time_limit, refine_tries=refine,
     )  # fmt: skip
     for c in found.candidates:
         print(
@@ -100,11 +100,18 @@ def _plan_helix(
 
 def _plan_coral(demand: Path, offers: Path, output: Path) -> None:
     from wager.cluster.coral.rent import plan_rent
+    from wager.cluster.plan_file import write_lines
 
-    found, lines = plan_rent(tomllib.loads(demand.read_text()), _rows(offers))
+    try:
+        wanted = tomllib.loads(demand.read_text())
+    except OSError as error:
+        raise UsageError(f"{demand} cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{demand} is not TOML: {error}") from None
+    found, lines = plan_rent(wanted, _rows(offers))
     for line in lines:
         print(line)
-    output.write_text("\n".join(found) + "\n")
+    write_lines(found, output)
     print(f"wrote {output}")
 
 

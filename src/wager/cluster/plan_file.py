@@ -31,10 +31,18 @@ def write(plan: PlanFile, path: str | Path) -> None:
     lines += [f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {float(v)!r}" for k, v in plan.notes.items()]
     for name, (machine, start, end) in sorted(plan.nodes.items(), key=lambda item: (item[1][1], item[0])):
         lines += ["", "[[node]]", f'name = "{name}"', f'machine = "{machine}"', f"layers = [{start}, {end}]"]
+    write_lines(lines, path)
+
+
+def write_lines(lines: list[str], path: str | Path) -> None:
+    """The file whole or not at all. Raises UsageError naming a folder that cannot be written to."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text("\n".join(lines) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def read(path: str | Path) -> PlanFile:

@@ -24,7 +24,11 @@ BLOCK_TOKENS = 16
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What planners need to know of a model. Bytes and operations are per layer; kv_bytes per token and layer."""
+    """What planners need to know of a model. Bytes and operations are per layer; kv_bytes per token and layer.
+
+    active_layer_bytes: what one token meets in a mixture of experts (0: everything). weight_bytes: of one weight as stored; the
+    arithmetic is in half precision whatever that is.
+    """
 
     name: str
     layers: int
@@ -33,6 +37,7 @@ class ModelCard:
     kv_bytes: float
     active_layer_bytes: float = 0.0
     activation_width_bytes: int = 2
+    weight_bytes: float = 2.0
 
     @property
     def activation_bytes(self) -> int:
@@ -41,8 +46,14 @@ class ModelCard:
 
     @property
     def layer_flops(self) -> float:
-        """Operations of one token in one layer: a multiply and an add per half-precision weight it meets."""
-        return self.active_layer_bytes or self.layer_bytes
+        """Operations of one token in one layer: a multiply and an add per weight it meets."""
+        return 2 * (self.active_layer_bytes or self.layer_bytes) / self.weight_bytes
+
+    def touched_bytes(self, tokens: float) -> float:
+        """Weights of a layer that a batch reads: few tokens of a mixture meet few experts, many meet all of them."""
+        if not self.active_layer_bytes:
+            return self.layer_bytes
+        return self.layer_bytes * (1 - (1 - self.active_layer_bytes / self.layer_bytes) ** max(tokens, 1.0))
 
     @property
     def total_bytes(self) -> float:
@@ -81,7 +92,10 @@ class Table:
 
     def upto(self, largest: int) -> np.ndarray:
         """Seconds at 0, 1, ..., largest: for a simulator that looks up millions of times."""
-        return np.array([self(size) for size in range(largest + 1)])
+        sizes = np.arange(largest + 1)
+        slope = (self.seconds[-1] - self.seconds[-2]) / (self.sizes[-1] - self.sizes[-2])
+        beyond = self.seconds[-1] + slope * (sizes - self.sizes[-1])
+        return np.where(sizes <= self.sizes[-1], np.interp(sizes, self.sizes, self.seconds), beyond)
 
 
 @dataclass(frozen=True)
@@ -169,19 +183,14 @@ class Roofline:
 
     def prompt_s(self, tokens: float, model: ModelCard, device: Device, count: int = 1) -> float:
         compute = tokens * model.layer_flops / (count * device.half_flops * self.flops_efficiency)
-        read = (model.active_layer_bytes or model.layer_bytes) / (
-            count * device.read_bytes_per_s * self.read_efficiency
-        )
+        read = model.touched_bytes(tokens) / (count * device.read_bytes_per_s * self.read_efficiency)
         return self.fixed_s + max(compute, read) + self.all_reduce_s(tokens, model, device, count)
 
     def decode_s(
         self, sequences: float, context_tokens: float, model: ModelCard, device: Device, count: int = 1
     ) -> float:
-        """One token for each of `sequences` that look back on `context_tokens` each. Few sequences of a mixture touch few experts."""
-        weights = model.layer_bytes
-        if model.active_layer_bytes:
-            weights *= 1 - (1 - model.active_layer_bytes / model.layer_bytes) ** max(sequences, 1.0)
-        size = weights + sequences * context_tokens * model.kv_bytes
+        """One token for each of `sequences` that look back on `context_tokens` each."""
+        size = model.touched_bytes(sequences) + sequences * context_tokens * model.kv_bytes
         read = size / (count * device.read_bytes_per_s * self.read_efficiency)
         compute = sequences * model.layer_flops / (count * device.half_flops * self.flops_efficiency)
         return self.fixed_s + max(read, compute) + self.all_reduce_s(sequences, model, device, count)

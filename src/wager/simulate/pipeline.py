@@ -32,7 +32,7 @@ class Router(Protocol):
     def route(self, request: Record, now_s: float, state: Simulator) -> Path | None: ...
 
     def iterated(self, request: Record, path: Path, tokens: int) -> None:
-        """The request goes round the same path once more with `tokens` tokens."""
+        """The request goes round the same path again, once for each of `tokens` tokens."""
         ...
 
     def ended(self, request: Record, path: Path) -> None:
@@ -87,6 +87,7 @@ class Simulator:
         self.records = [Record(i, a.arrival_s, a.prompt_tokens, a.output_tokens) for i, a in enumerate(arrivals)]
         self._cached = [a.cached_tokens for a in arrivals]
         self.waiting: deque[Record] = deque()
+        self._refused = False  # the router said that the head must wait, and nothing has ended since
         self.flights: dict[int, Flight] = {}
         self._heap: list[tuple[float, int, Callable[[object], None], object]] = []
         self._sequence = 0
@@ -112,13 +113,15 @@ class Simulator:
 
     def _arrive(self, record: Record) -> None:  # type: ignore[override]
         self.waiting.append(record)
-        self._admit()
+        if not self._refused:
+            self._admit()
 
     def _admit(self) -> None:
         """Give paths to waiting requests in order, until the router says that one must wait."""
         while self.waiting:
             record = self.waiting[0]
             path = self.router.route(record, self.now_s, self)
+            self._refused = path is None
             if path is None:
                 return
             self.waiting.popleft()
@@ -162,7 +165,7 @@ class Simulator:
             self._admit()
 
     def _end(self, flight: Flight) -> None:
-        flight.dead = True
+        flight.dead, self._refused = True, False
         for hop in range(len(flight.path)):
             self._release(flight, hop)
         self.flights.pop(flight.record.index, None)
@@ -335,6 +338,7 @@ class Simulator:
                 raise UsageError(f"node {model.name!r} cannot join at {change.time_s} s: it is there already")
             self.nodes[model.name] = Live(model, self.now_s)
         self.router.changed({name: node.model for name, node in self.nodes.items()})
+        self._refused = False
         self._admit()
 
     def _at(self, time_s: float, act: Callable, what: object) -> None:

@@ -14,15 +14,16 @@ When stock is too scarce every demand is scaled down by the same factor: the lar
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from wager.cluster.coral import lagrange
-from wager.cluster.coral.stage import Configuration
-from wager.cluster.coral.templates import Library, undominated
+from wager.cluster.coral import baselines, lagrange
+from wager.cluster.coral.market import Allocation, Key, Market, check
+from wager.cluster.coral.pack import Packer
+from wager.cluster.coral.templates import Library
 from wager.errors import UsageError, WagerError
 from wager.solve import LinearModel, Solution, solve
 from wager.solve.model import INFINITE
@@ -30,56 +31,8 @@ from wager.solve.model import INFINITE
 ROUNDS = 200
 PER_ROUND = 6  # best new columns per demand and region in one round
 MOST_COLUMNS = 30_000
-Key = tuple[int, int, int]  # demand, region, template
-
-
-@dataclass(frozen=True)
-class Market:
-    """What can be rented: stock and USD per hour per region and configuration, [R, C]."""
-
-    regions: tuple[str, ...]
-    configurations: tuple[Configuration, ...]
-    stock_RC: np.ndarray
-    price_RC: np.ndarray
-
-    def __post_init__(self):
-        shape = (len(self.regions), len(self.configurations))
-        if (
-            self.stock_RC.shape != shape
-            or self.price_RC.shape != shape
-            or (self.stock_RC < 0).any()
-            or (self.price_RC <= 0).any()
-        ):
-            raise UsageError(
-                f"stock and prices must be {shape[0]} regions by {shape[1]} configurations, stock not negative, prices positive"
-            )
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """`running[demand, region, template] = replicas`; `usd_per_h` their price, `penalty_usd` what starting the added ones counts.
-
-    bound: no allocation at this `factor` of the demands costs less (price and penalty together). scarcity: USD per hour that one more
-    machine of a configuration in a region would save (from the linear program), where that is not zero.
-    """
-
-    running: Mapping[Key, int]
-    usd_per_h: float
-    penalty_usd: float
-    bound: float
-    factor: float
-    seconds: float
-    columns: int
-    proven: bool
-    scarcity: Mapping[tuple[str, str], float] = field(default_factory=dict)
-
-    @property
-    def objective(self) -> float:
-        return self.usd_per_h + self.penalty_usd
-
-    @property
-    def gap(self) -> float:
-        return max(0.0, self.objective - self.bound) / max(self.objective, 1e-12)
+PROMISING = 25  # columns per demand and region in the integer program for the largest share, where all are too many
+FEW_COLUMNS = 3_000  # that the integer program for the largest share takes all at once
 
 
 class Scarce(WagerError):
@@ -94,7 +47,7 @@ class Allocator:
         if start_up_share < 0:
             raise UsageError(f"start_up_share={start_up_share} is negative")
         self.libraries, self.market, self.start_up_share = list(libraries), market, start_up_share
-        self.useful = [undominated(lib) for lib in self.libraries]
+        self.useful = [lib.useful for lib in self.libraries]
         self.costs = [lib.counts_UC @ market.price_RC.T for lib in self.libraries]  # [U, R]
 
     @property
@@ -106,27 +59,33 @@ class Allocator:
     ) -> Allocation:
         """The cheapest plan for all demands, or for the largest common share of them that the stock allows. Raises WagerError when
         not even a small share can be served."""
-        from wager.cluster.coral import baselines  # they speak of Allocation, which is defined here
-
         begun = time.perf_counter()
         current = dict(current or {})
         others = [baselines.greedy(self.libraries, self.market, policy) for policy in baselines.POLICIES]
-        found, factor = self._generate(current, 1.0, scale=False), 1.0
+        incumbents = [dict(o.running) for o in others if o.factor >= 1 - 1e-9]
+        packer = Packer(self.libraries, self.costs, self.market.stock_RC)
+        found = self._generate(current, 1.0, scale=False)
         if found is not None:
+            if not incumbents:
+                packed = packer.pack(1.0, self._worth(found[1]), begun + time_limit_s / 5)
+                incumbents = [] if packed is None else [packed]
             try:
-                return self._integer(*found, current, 1.0, begun, time_limit_s, gap, others)
+                limit_s = time_limit_s if incumbents else time_limit_s / 2
+                return self._integer(*found, current, 1.0, begun, limit_s, gap, incumbents)
             except Scarce:
                 pass  # fractions of replicas fit the stock, whole ones do not
-        factor = max([self._largest_factor(current, time_limit_s / 2), *(o.factor for o in others)])
+        others = [baselines.scaled(self.libraries, self.market, policy) for policy in baselines.POLICIES]
+        factor, most, plan = self._largest_factor(packer, current, others, begun + time_limit_s * 0.8)
         if factor <= 0:
             raise WagerError("no part of the demands can be served with this stock; add machines or loosen objectives")
+        factor *= 1 - 1e-9
         found = self._generate(current, factor, scale=False)
-        if found is None:  # the factor was reached with whole machines, so this only fails by rounding
-            factor *= 1 - 1e-6
-            found = self._generate(current, factor, scale=False)
         if found is None:
-            raise WagerError("no part of the demands can be served with this stock; add machines or loosen objectives")
-        return self._integer(*found, current, factor, begun, time_limit_s, gap, others)
+            raise WagerError(
+                f"the plan for {factor:.2%} of the demands does not fit the stock: this is a bug in the allocator"
+            )
+        found_plan = self._integer(*found, current, factor, begun, time_limit_s, gap, [plan])
+        return dataclasses.replace(found_plan, most_factor=max(factor, most))
 
     # -- the linear program over all columns -------------------------------------------------------------------------------------
 
@@ -237,16 +196,49 @@ class Allocator:
 
     # -- whole machines ----------------------------------------------------------------------------------------------------------
 
-    def _largest_factor(self, current: Mapping[Key, int], time_limit_s: float) -> float:
+    def _largest_factor(
+        self, packer: Packer, current: Mapping[Key, int], others: Sequence[Allocation], end_s: float
+    ) -> tuple[float, float, dict[Key, int]]:
+        """(largest common share of the demands that a plan was found for, bound on that, the plan): the best of the baselines, of packing,
+        and of the integer program over the columns that fit the stock: all where these are few, the most promising where not."""
+        best = max(others, key=lambda o: o.factor)
+        factor, plan = best.factor, dict(best.running)
         found = self._generate(current, 1.0, scale=True)
         assert found is not None
-        columns, _ = found
+        columns, lp = found
+        high = min(1.0, lp.value or 0.0)
+        if high <= factor:
+            return factor, high, plan
+        begun = time.perf_counter()
+        few = packer.num_columns <= FEW_COLUMNS
+        share, packed = packer.largest(self._worth(lp), factor, high, begun + (end_s - begun) * (0.3 if few else 0.6))
+        if packed is not None and packer.share(packed) > factor:
+            factor, plan = packer.share(packed), packed
+        more = packer.columns() if few else self._promising(lp)
+        columns = list(dict.fromkeys([*columns, *plan, *more]))
         answer = solve(
             self._program(columns, current, 1.0, scale=True, whole=True, short=False),
-            time_limit_s=time_limit_s,
-            gap=1e-3,
-        )
-        return (answer.value or 0.0) * (1 - 1e-9)  # none found in time: the baselines' shares stand
+            time_limit_s=max(0.2, end_s - time.perf_counter()), gap=1e-3,
+        )  # fmt: skip
+        if answer.x is not None:
+            counted = self._read_counts(answer, columns, current, first=1)
+            if packer.share(counted) > factor:
+                factor, plan = packer.share(counted), counted
+        return factor, high, plan
+
+    def _promising(self, lp: Solution) -> list[Key]:
+        """The columns of every demand and region that the relaxation for the largest share comes closest to using."""
+        return [
+            (d, r, int(u))
+            for d, r, reduced_U in self._reduced_costs(lp, True, 1.0)
+            for u in np.argsort(reduced_U, kind="stable")[:PROMISING]
+            if np.isfinite(reduced_U[u])
+        ]
+
+    def _worth(self, lp: Solution) -> np.ndarray:
+        """[R, C] what one machine more would be worth."""
+        assert lp.duals is not None
+        return np.abs(lp.duals[len(self.libraries) :].reshape(self.market.stock_RC.shape))
 
     def _integer(
         self,
@@ -257,7 +249,7 @@ class Allocator:
         begun: float,
         time_limit_s: float,
         gap: float,
-        others: Sequence[Allocation],
+        incumbents: Sequence[Mapping[Key, int]],
     ) -> Allocation:
         def left() -> float:
             return max(0.2, time_limit_s - (time.perf_counter() - begun))
@@ -265,9 +257,9 @@ class Allocator:
         assert lp.value is not None
         bound, alone = self._taken_apart(lp, current, factor, left() / 3)
         bound = max(bound, lp.value)
-        plans = [alone, *(dict(o.running) for o in others if o.factor >= factor * (1 - 1e-9))]
-        best = self._cheapest([p for p in plans if p is not None], current, factor)
-        columns = list(dict.fromkeys([*columns, *(key for p in plans if p is not None for key in p)]))
+        plans = [*incumbents, *([] if alone is None else [alone])]
+        best = self._cheapest(plans, current, factor)
+        columns = list(dict.fromkeys([*columns, *(key for p in plans for key in p)]))
         proven = False
         for wider in (False, True):
             value = INFINITE if best is None else self._value(best, current)
@@ -285,11 +277,7 @@ class Allocator:
             if complete:
                 bound, proven = max(bound, answer.bound), answer.status == "optimal"
         if best is None:
-            if factor == 1.0:
-                raise Scarce("no whole-number plan for the full demands")
-            if not others:
-                raise WagerError(f"no whole-number allocation was found in {time_limit_s} s; allow more time")
-            return max(others, key=lambda o: (o.factor, -o.usd_per_h))
+            raise Scarce("no whole-number plan for these demands was found in time")
         value = self._value(best, current)
         bound = min(bound, value)
         return self._allocation(best, lp, current, factor, bound, proven or value - bound <= gap * value, begun)
@@ -348,10 +336,13 @@ class Allocator:
             extra
         ) <= MOST_COLUMNS
 
-    def _read_counts(self, answer: Solution, columns: list[Key], current: Mapping[Key, int]) -> dict[Key, int]:
+    def _read_counts(
+        self, answer: Solution, columns: list[Key], current: Mapping[Key, int], first: int | None = None
+    ) -> dict[Key, int]:
+        """first: the number of the first `added` column, where it does not follow the shortages."""
         assert answer.x is not None
-        added = answer.x[len(self.libraries) : len(self.libraries) + len(columns)]
-        kept = answer.x[len(self.libraries) + len(columns) :]
+        first = len(self.libraries) if first is None else first
+        added, kept = answer.x[first : first + len(columns)], answer.x[first + len(columns) :]
         running: dict[Key, int] = {}
         for key, n in [*zip(columns, added, strict=True), *zip(current, kept, strict=True)]:
             if round(float(n)):
@@ -370,42 +361,5 @@ class Allocator:
         }  # fmt: skip
         return Allocation(
             running, self._price_of(running), self._penalty(running, current), bound, factor,
-            time.perf_counter() - begun, self.num_columns, proven, scarcity,
+            time.perf_counter() - begun, self.num_columns, proven, scarcity=scarcity,
         )  # fmt: skip
-
-
-def check(allocation: Allocation, libraries: Sequence[Library], market: Market, tolerance: float = 1e-6) -> None:
-    """Stock, demands and price recomputed in plain arithmetic. Raises WagerError naming what is broken."""
-    used_RC = np.zeros(market.stock_RC.shape)
-    served = [0.0] * len(libraries)
-    price = 0.0
-    for (d, r, u), n in allocation.running.items():
-        used_RC[r] += n * libraries[d].counts_UC[u]
-        served[d] += n * float(libraries[d].rates_U[u])
-        price += n * float(libraries[d].counts_UC[u] @ market.price_RC[r])
-    if (used_RC > market.stock_RC + tolerance).any():
-        r, c = np.argwhere(used_RC > market.stock_RC + tolerance)[0]
-        raise WagerError(
-            f"the plan rents {used_RC[r, c]:.0f} {market.configurations[c].name} in {market.regions[r]}, there are {market.stock_RC[r, c]:.0f}"
-        )
-    for lib, rate in zip(libraries, served, strict=True):
-        if rate < allocation.factor * lib.demand.tokens_per_s * (1 - tolerance):
-            raise WagerError(
-                f"the plan serves {rate:.1f} tokens/s of {lib.demand.name}, promised are {allocation.factor * lib.demand.tokens_per_s:.1f}"
-            )
-    if abs(price - allocation.usd_per_h) > tolerance * max(1.0, price):
-        raise WagerError(f"the plan says {allocation.usd_per_h:.4f} USD/h but its machines cost {price:.4f}")
-
-
-@dataclass(frozen=True)
-class Change:
-    """What to do to get from one allocation to the next: replicas to start and to drain."""
-
-    start: Mapping[Key, int]
-    drain: Mapping[Key, int]
-
-
-def reconcile(current: Mapping[Key, int], target: Mapping[Key, int]) -> Change:
-    keys = {*current, *target}
-    steps = {k: target.get(k, 0) - current.get(k, 0) for k in keys}
-    return Change({k: n for k, n in steps.items() if n > 0}, {k: -n for k, n in steps.items() if n < 0})

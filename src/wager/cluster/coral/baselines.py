@@ -6,23 +6,35 @@ template of equal machines with the most tokens per dollar that the remaining st
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from wager.cluster.coral.allocate import Allocation, Key, Market
+from wager.cluster.coral.market import Allocation, Key, Market
 from wager.cluster.coral.templates import Library
 
 POLICIES = ("homo", "cauchy")
 
 
-def equal_machines(library: Library) -> np.ndarray:
-    """Templates whose machines are all of one configuration."""
-    return np.flatnonzero((library.counts_UC > 0).sum(1) == 1)
+def scaled(libraries: Sequence[Library], market: Market, policy: str, tries: int = 10) -> Allocation:
+    """A baseline where stock is too scarce for the full demands: all are scaled down alike until it serves them (bisection), as Coral does.
+    Better than letting the first models take everything. `factor` 0 and no machines where it serves nothing."""
+    best, low, high, share = Allocation({}, 0.0, 0.0, 0.0, 0.0, 0.0, 0, False), 0.0, 1.0, 1.0
+    for _ in range(tries):
+        found = greedy(libraries, market, policy, share)
+        if found.factor >= 1 - 1e-9:
+            best, low = dataclasses.replace(found, factor=share), share
+            if share == 1.0:
+                break
+        else:
+            high = share
+        share = (low + high) / 2
+    return best
 
 
-def greedy(libraries: Sequence[Library], market: Market, policy: str) -> Allocation:
-    """The plan of a baseline; `factor` is the share of the worst-served demand."""
+def greedy(libraries: Sequence[Library], market: Market, policy: str, share: float = 1.0) -> Allocation:
+    """The plan of a baseline for `share` of the demands; `factor` says how much of that the worst-served one gets."""
     stock = market.stock_RC.astype(float).copy()
     running: dict[Key, int] = {}
     shares = []
@@ -30,14 +42,14 @@ def greedy(libraries: Sequence[Library], market: Market, policy: str) -> Allocat
         best: tuple[float, float, dict[Key, int], np.ndarray] | None = None
         kinds = range(len(market.configurations)) if policy == "homo" else [None]
         for kind in kinds:
-            used, plan, share, price = np.zeros_like(stock), {}, 1.0, 0.0
+            used, plan, worst, price = np.zeros_like(stock), {}, 1.0, 0.0
             for d in group:
-                part, took, got, cost = fill(libraries[d], d, market, stock - used, kind)
+                part, took, got, cost = fill(libraries[d], d, market, stock - used, kind, share)
                 plan |= part
                 used += took
-                share, price = min(share, got), price + cost
-            if best is None or (share, -price) > (best[0], -best[1]):
-                best = (share, price, plan, used)
+                worst, price = min(worst, got), price + cost
+            if best is None or (worst, -price) > (best[0], -best[1]):
+                best = (worst, price, plan, used)
         assert best is not None
         shares.append(best[0])
         running |= best[2]
@@ -56,11 +68,11 @@ def _groups(libraries: Sequence[Library], policy: str) -> list[list[int]]:
 
 
 def fill(
-    library: Library, demand: int, market: Market, stock: np.ndarray, kind: int | None
+    library: Library, demand: int, market: Market, stock: np.ndarray, kind: int | None, factor: float = 1.0
 ) -> tuple[dict[Key, int], np.ndarray, float, float]:
     """Serve one demand greedily: (replicas, machines used [R, C], share of the demand served, price)."""
-    wanted = library.demand.tokens_per_s
-    own = equal_machines(library)
+    wanted = factor * library.demand.tokens_per_s
+    own = library.equal
     if kind is not None:
         own = own[library.counts_UC[own, kind] > 0]
     used, plan, served, price = np.zeros_like(stock), {}, 0.0, 0.0

@@ -1,6 +1,7 @@
 """From models.toml and offers.csv to what to rent.
 
-models.toml has [[model]] with name, layers, hidden, layer_gb, kv_bytes (per token and layer), and for each phase served an objective and a
+models.toml has [[model]] with name, layers, hidden, layer_gb, kv_bytes (per token and layer), for a mixture of experts active_layer_gb, for
+quantized weights weight_bytes (of one weight), and for each phase served an objective and a
 demand: prefill_ms, prefill_tokens_per_s, decode_ms, decode_tokens_per_s; `roofline` has flops_efficiency, read_efficiency, fixed_s as fitted on
 measured machines. offers.csv has region,device,count,usd_per_h,available; devices are those of the catalog.
 """
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from wager.cluster.coral.allocate import Allocation, Allocator, Market, check
+from wager.cluster.coral.allocate import Allocator
+from wager.cluster.coral.market import Allocation, Market, check
 from wager.cluster.coral.stage import PHASES, Configuration, Demand, throughput_table
 from wager.cluster.coral.templates import Library, build, split
 from wager.errors import UsageError
@@ -33,6 +35,7 @@ def read_demands(raw: Mapping[str, Any]) -> tuple[list[Demand], Roofline]:
                 m["layer_gb"] * 1e9,
                 m["kv_bytes"],
                 m.get("active_layer_gb", 0.0) * 1e9,
+                weight_bytes=m.get("weight_bytes", 2.0),
             )
             for phase in PHASES:
                 if f"{phase}_tokens_per_s" in m:
@@ -74,6 +77,11 @@ def plan_rent(raw: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> tupl
     lines = [
         f"{found.usd_per_h:.2f} USD/h for {found.factor:.1%} of the demands; no plan costs less than {found.bound:.2f} (gap {found.gap:.2%}, "
         f"{found.columns} columns, {found.seconds:.1f} s)",
+        *(
+            [f"the stock is too scarce for all of them: no plan serves more than {found.most_factor:.1%}"]
+            if found.factor < 1
+            else []
+        ),
         *(
             f"one more {name} in {region} would save {worth:.2f} USD/h"
             for (region, name), worth in found.scarcity.items()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -35,6 +36,16 @@ class Library:
 
     def __len__(self) -> int:
         return len(self.rates_U)
+
+    @cached_property
+    def useful(self) -> np.ndarray:
+        """Templates that are not dominated; found once, like the rates."""
+        return undominated(self)
+
+    @cached_property
+    def equal(self) -> np.ndarray:
+        """Templates whose machines are all of one configuration."""
+        return np.flatnonzero((self.counts_UC > 0).sum(1) == 1)
 
     def machines(self, template: int) -> list[int]:
         """Configuration of each machine, in order."""
@@ -93,9 +104,9 @@ def build(
             rates_SUL = np.stack([
                 sum(table_CL[machines_UN[rows, i]] for i in range(nodes) if partition[i] == s) for s in range(stages)
             ])  # fmt: skip
-            found_U = best_rates(rates_SUL, layers)
-            better = found_U > rates_U[rows] * (1 + 1e-12)
-            rates_U[rows[better]] = found_U[better]
+            # most partitions beat no earlier one, which a single look at the best rate so far tells
+            better = _held(rates_SUL, rates_U[rows] * (1 + 1e-9)).sum(0) >= layers
+            rates_U[rows[better]] = best_rates(rates_SUL[:, better], layers)
             stages_UN[rows[better], :nodes] = partition
     useful = rates_U > 0
     counts_UC = (machines_UN[useful][:, :, None] == np.arange(count)).sum(1)

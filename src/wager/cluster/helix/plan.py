@@ -3,26 +3,32 @@ baselines, profiles made consistent with each placement, the winner picked by si
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from wager.cluster.helix import baselines
 from wager.cluster.helix.cover import Cover, solve_cover, window_counts
-from wager.cluster.helix.flow import Flow, Placement, solve_flow, stripped, upper_bound, verify
+from wager.cluster.helix.flow import Flow, Placement, layer_cover, solve_flow, stripped, upper_bound, verify
 from wager.cluster.helix.profile import Load, Throughput, placed_throughput, typical_throughput
 from wager.cluster.helix.refine import refine
 from wager.cluster.helix.route import FlowRouter
 from wager.errors import WagerError
 from wager.hardware.cluster import Cluster
 from wager.hardware.layer_cost import MachineProfile, ModelCard
+from wager.simulate.native import simulate
 from wager.simulate.nodes import NodeModel, copy_overhead_s
-from wager.simulate.pipeline import Simulator
 from wager.simulate.timeline import Timeline
 from wager.simulate.trace import Arrival
 
 MAX_PROMPT = 2048
+LEAST_HELD = (0.5, 0.7, 0.9)
+REFINED = 4  # candidates that refinement starts from
+MARGIN = 1.02  # a refined placement must serve so much more: less is the luck of one run of requests
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,7 @@ def simulate_placement(
     placement = stripped(placement, flow)
     router = FlowRouter(flow, placement, load.output_tokens, selector, rng=rng)
     nodes = node_models(cluster, model, profiles, placement)
-    return Simulator(
-        nodes, cluster.link, model.layers, model.activation_bytes, router, arrivals, keep_busy=keep_busy
-    ).run(until_s)
+    return simulate(nodes, cluster.link, model.layers, model.activation_bytes, router, arrivals, until_s, keep_busy)
 
 
 def candidates(
@@ -123,7 +127,7 @@ def candidates(
         except WagerError:
             return None  # too few hops for this cluster
 
-    for limit in (None, *hop_limits):
+    for limit in (None, *(h for h in hop_limits if h < len(cluster.nodes))):
         best = cover(limit, throughput)
         if best is None:
             continue
@@ -134,6 +138,11 @@ def candidates(
         again = cover(limit, consistent)
         if again is not None:
             consider(f"{name}, consistent profile", again.placement, consistent)
+    for share in LEAST_HELD:  # T(k) is of a typical load: of few layers a node it promises more than it keeps
+        large = {m: {k: t for k, t in by_k.items() if k >= share * max(by_k)} for m, by_k in throughput.items()}
+        best = cover(None, large)
+        if best is not None:
+            consider(f"cover, {share:.0%} of the layers a node can hold or more", best.placement)
     others = {
         "swarm": lambda: baselines.swarm(cluster, throughput, model.layers),
         "petals": lambda: baselines.petals(cluster, throughput, model.layers, rng),
@@ -155,13 +164,17 @@ def plan(
     arrivals: Sequence[Arrival],
     rng: np.random.Generator,
     load: Load | None = None,
-    hop_limits: Sequence[int] = (8, 10, 12, 13, 14, 16),
-    simulate_s: float = 300.0,
+    hop_limits: Sequence[int] = (8, 10, 12, 14, 16, 18),
+    simulate_s: float = 660.0,
     warm_up_s: float = 60.0,
     time_limit_s: float = 10.0,
     refine_tries: int = 0,
+    workers: int = 1,
 ) -> HelixPlan:
-    """Propose, price by simulation, keep the best, and improve that one by up to `refine_tries` further simulations. Raises WagerError when nothing can serve the model."""
+    """Propose, price by simulation, keep the best, and improve the best few by about `refine_tries` further simulations, `workers` at once.
+
+    Simulate long enough: with all requests waiting, a long chain looks good while it fills. Raises WagerError when nothing can serve the
+    model."""
     load = load or Load()
     throughput = typical_throughput(model, profiles, cluster.counts, load)
     found, bound = candidates(cluster, model, profiles, throughput, load, hop_limits, time_limit_s, rng)
@@ -169,27 +182,81 @@ def plan(
         raise WagerError(
             f"no placement of {model.name} on these machines and links carries any tokens; add machines or links"
         )
-    priced = []
-    for c in found:
-        timeline = simulate_placement(cluster, model, profiles, c.placement, c.flow, arrivals, simulate_s, load)
-        priced.append(
-            Candidate(c.name, c.placement, c.flow, timeline.decode_tokens_per_s(warm_up_s), timeline.summary(warm_up_s))
-        )
-    priced.sort(key=lambda c: -c.decode_tokens_per_s)
-    if refine_tries:
-
-        def serve(placement: Placement) -> Candidate:
-            flow = solve_flow(cluster, model, throughput, placement)
-            if flow.value <= 0:
-                return Candidate("nothing", placement, flow)
-            timeline = simulate_placement(cluster, model, profiles, placement, flow, arrivals, simulate_s, load)
-            rate = timeline.decode_tokens_per_s(warm_up_s)
-            return Candidate(f"{priced[0].name}, refined", placement, flow, rate, timeline.summary(warm_up_s))
-
-        most = {n.name: max(throughput[n.machine]) for n in cluster.nodes}
-        better, _ = refine(
-            priced[0].placement, most, model.layers, lambda p: serve(p).decode_tokens_per_s, refine_tries, rng
-        )
-        if better != priced[0].placement:
-            priced = sorted([serve(better), *priced], key=lambda c: -c.decode_tokens_per_s)
+    trial = partial(
+        _serve, cluster, model, profiles, arrivals=arrivals, until_s=simulate_s, warm_up_s=warm_up_s, load=load
+    )
+    with _Pool(workers) as pool:
+        priced = sorted(pool.map(trial, found), key=lambda c: -c.decode_tokens_per_s)
+        if refine_tries:
+            better = _refined(cluster, model, throughput, priced, trial, pool, refine_tries, rng)
+            priced = sorted([*better, *priced], key=lambda c: -c.decode_tokens_per_s)
     return HelixPlan(tuple(priced), bound, throughput)
+
+
+def _serve(
+    cluster: Cluster,
+    model: ModelCard,
+    profiles: Mapping[str, MachineProfile],
+    candidate: Candidate,
+    arrivals: Sequence[Arrival],
+    until_s: float,
+    warm_up_s: float,
+    load: Load,
+) -> Candidate:
+    """The candidate with what it serves."""
+    if candidate.flow.value <= 0:
+        return candidate
+    timeline = simulate_placement(
+        cluster, model, profiles, candidate.placement, candidate.flow, arrivals, until_s, load
+    )
+    return replace(
+        candidate, decode_tokens_per_s=timeline.decode_tokens_per_s(warm_up_s), summary=timeline.summary(warm_up_s)
+    )
+
+
+def _refined(
+    cluster: Cluster,
+    model: ModelCard,
+    throughput: Throughput,
+    priced: Sequence[Candidate],
+    trial: Callable[[Candidate], Candidate],
+    pool: _Pool,
+    tries: int,
+    rng: np.random.Generator,
+) -> list[Candidate]:
+    """The best candidates improved by simulation; nothing where that found nothing clearly better."""
+    machine = {n.name: n.machine for n in cluster.nodes}
+
+    def candidate(placement: Placement) -> Candidate:
+        return Candidate(f"{priced[0].name}, refined", placement, solve_flow(cluster, model, throughput, placement))
+
+    def rates(placements: Sequence[Placement]) -> list[float]:
+        return [c.decode_tokens_per_s for c in pool.map(trial, [candidate(p) for p in placements])]
+
+    def promise(placement: Placement) -> float:
+        return layer_cover(
+            placement, {n: throughput[machine[n]][end - start] for n, (start, end) in placement.items()}, model.layers
+        )
+
+    most = {n.name: max(throughput[n.machine]) for n in cluster.nodes}
+    starts = [(c.placement, c.decode_tokens_per_s) for c in priced[:REFINED]]
+    best, rate = refine(starts, most, model.layers, rates, promise, tries, rng, pool.workers)
+    return [trial(candidate(best))] if rate > MARGIN * priced[0].decode_tokens_per_s else []
+
+
+class _Pool:
+    """Simulations at once, each in a process of its own; with one worker in this one."""
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self._executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
+
+    def map(self, function: Callable[[Candidate], Candidate], items: Sequence[Candidate]) -> list[Candidate]:
+        return list((self._executor.map if self._executor else map)(function, items))
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._executor:
+            self._executor.shutdown()

@@ -6,30 +6,55 @@ proof, for use after the cover program: the flow and its bound are still reporte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from wager.cluster.helix.flow import Placement
 
-Rate = Callable[[Placement], float]  # simulated output tokens/s of a placement, 0 where it serves nothing
-MOVES = ("slide", "stretch", "jump", "swap")
+Rates = Callable[
+    [Sequence[Placement]], list[float]
+]  # simulated output tokens/s of placements, 0 where one serves nothing
+Promise = Callable[[Placement], float]
+PROMISING = 0.8
+LOOKS = 50  # neighbours looked at for one that promises enough
+MOVES = ("slide", "stretch", "jump", "swap", "boundary")
 
 
 def refine(
-    placement: Placement, most_layers: dict[str, int], layers: int, rate: Rate, tries: int, rng: np.random.Generator
+    starts: Sequence[tuple[Placement, float]],
+    most_layers: dict[str, int],
+    layers: int,
+    rates: Rates,
+    promise: Promise,
+    tries: int,
+    rng: np.random.Generator,
+    at_once: int = 1,
 ) -> tuple[dict[str, tuple[int, int]], float]:
-    """Hill climbing over `tries` simulations. most_layers: node -> layers it may hold at most, also of nodes that hold none yet."""
-    best = dict(placement)
-    best_rate = rate(best)
-    for _ in range(tries):
-        changed = neighbour(best, most_layers, layers, rng)
-        if changed == best or not covers(changed, layers):
-            continue
-        changed_rate = rate(changed)
-        if changed_rate > best_rate:
-            best, best_rate = changed, changed_rate
-    return best, best_rate
+    """Hill climbing from several placements in turn, over about `tries` simulations, `at_once` of them together.
+
+    starts: placements with their rates. most_layers: node -> layers it may hold at most, also of nodes that hold none yet. promise: a cheap
+    estimate; neighbours that promise much less than where they come from are not simulated. Returns the best placement and its rate.
+    """
+    now = [(dict(placement), rate) for placement, rate in starts]
+    best = max(now, key=lambda one: one[1])
+    for turn in range(-(-tries // at_once)):
+        # the best so far gets every other turn
+        place = max(range(len(now)), key=lambda i: now[i][1]) if turn % 2 else turn // 2 % len(now)
+        here = now[place][0]
+        floor = PROMISING * promise(here)
+        tried = []
+        for _ in range(LOOKS * at_once):
+            changed = neighbour(here, most_layers, layers, rng)
+            if changed != here and changed not in tried and covers(changed, layers) and promise(changed) >= floor:
+                tried.append(changed)
+            if len(tried) == at_once:
+                break
+        for changed, rate in zip(tried, rates(tried), strict=True):
+            if rate > now[place][1]:
+                now[place] = changed, rate
+        best = max(best, now[place], key=lambda one: one[1])
+    return best
 
 
 def covers(placement: Placement, layers: int) -> bool:
@@ -46,26 +71,46 @@ def neighbour(
     changed = dict(placement)
     for _ in range(int(rng.integers(1, 4))):
         node = str(rng.choice(sorted(most_layers)))
-        start, end = changed.get(node, (0, 1))
-        move = MOVES[int(rng.integers(len(MOVES)))]
-        if move == "swap":
-            other = str(rng.choice(sorted(most_layers)))
-            windows = changed.get(node), changed.get(other)
-            if all(w is not None for w in windows):
-                for name, window in ((node, windows[1]), (other, windows[0])):
-                    assert window is not None
-                    changed[name] = fitted(window[0], window[1] - window[0], most_layers[name], layers)
+        most = most_layers[node]
+        if node not in changed:  # it holds nothing yet: anything may help
+            changed[node] = fitted(int(rng.integers(layers)), int(rng.integers(1, most + 1)), most, layers)
             continue
+        start, end = changed[node]
+        size = end - start
+        move = MOVES[int(rng.integers(len(MOVES)))]
         if move == "slide":
             start += int(rng.choice([-2, -1, 1, 2]))
         elif move == "jump":
-            start = int(rng.integers(layers))
-        size = end - changed.get(node, (0, 1))[0]
-        if move == "stretch":
-            size += int(rng.choice([-1, 1]))
-            start += int(rng.integers(2)) * int(rng.choice([-1, 1]))
-        changed[node] = fitted(start, size, most_layers[node], layers)
+            start, size = int(rng.integers(layers)), int(rng.integers(1, most + 1))
+        elif move == "stretch":
+            grown = int(rng.choice([-1, 1]))
+            size += grown
+            start -= grown * int(rng.integers(2))  # at its beginning or at its end
+        elif move == "boundary":
+            _move_boundary(changed, node, most_layers, layers, rng)
+            continue
+        else:
+            other = str(rng.choice(sorted(changed)))
+            theirs = changed[other]
+            changed[other] = fitted(start, size, most_layers[other], layers)
+            start, size = theirs[0], theirs[1] - theirs[0]
+        changed[node] = fitted(start, size, most, layers)
     return changed
+
+
+def _move_boundary(
+    placement: dict[str, tuple[int, int]], node: str, most_layers: dict[str, int], layers: int, rng: np.random.Generator
+) -> None:
+    """Where the node's window ends and others begin, move that by a layer or two: no layer is uncovered."""
+    start, end = placement[node]
+    step = int(rng.choice([-2, -1, 1, 2]))
+    for name, (first, last) in list(placement.items()):
+        if first == end and 0 < last - (first + step) <= most_layers[name] and first + step >= 0:
+            placement[name] = (first + step, last)
+        elif last == end and name != node and 0 < end + step - first <= most_layers[name] and end + step <= layers:
+            placement[name] = (first, end + step)
+    if 0 < end + step - start <= most_layers[node] and end + step <= layers:
+        placement[node] = (start, end + step)
 
 
 def fitted(start: int, size: int, most: int, layers: int) -> tuple[int, int]:

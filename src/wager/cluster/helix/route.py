@@ -48,6 +48,9 @@ class FlowRouter:
         self.load: dict[Edge, float] = defaultdict(float)
         self.expected: dict[str, float] = defaultdict(float)
         self._held: dict[int, list[tuple[str, float]]] = {}
+        self._walks: dict[
+            int, list[tuple[Edge, float]]
+        ] = {}  # a request's edges, and the load that one token is on each
         self.nodes: Mapping[str, NodeModel] = {}
 
     def changed(self, nodes: Mapping[str, NodeModel]) -> None:
@@ -70,8 +73,10 @@ class FlowRouter:
                 stages.append(Stage(choice, done, end))
                 done = end
             at = choice
-        for edge in walked:
-            self.load[edge] += tokens / self.edges[edge[0]][edge[1]]
+        walk = [(edge, 1 / self.edges[edge[0]][edge[1]]) for edge in walked]
+        for edge, one in walk:
+            self.load[edge] += tokens * one
+        self._walks[request.index] = walk[:-1]  # nothing chooses between ways to the sink
         held = [(s.node, float(expected_tokens * (s.last - s.first))) for s in stages]
         for node, entries in held:
             self.expected[node] += entries
@@ -79,12 +84,12 @@ class FlowRouter:
         return tuple(stages)
 
     def iterated(self, request: Any, path: Path, tokens: int) -> None:
-        at = SOURCE
-        for stage in path:
-            self.load[at, stage.node] += tokens / self.edges[at][stage.node]
-            at = stage.node
+        load = self.load
+        for edge, one in self._walks[request.index]:
+            load[edge] += tokens * one
 
     def ended(self, request: Any, path: Path) -> None:
+        self._walks.pop(request.index, None)
         for node, entries in self._held.pop(request.index, ()):
             self.expected[node] -= entries
 
