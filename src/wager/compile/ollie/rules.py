@@ -194,6 +194,28 @@ def _merge_pair(outer: Scope, inner: Scope) -> Scope | None:
     return replace(outer, body=body)
 
 
+def inline_sums(scope: Scope) -> Scope | None:
+    """91: the chain as one stage, the innermost sums computed where they are read. None where a padded stage would be read outside."""
+    chain = stages(merge_stages(scope))
+    while len(chain) > 1:
+        outer, inner = chain[-2], chain[-1]
+        assert isinstance(outer.body, Read)
+        for index, (_, low, high) in zip(outer.body.index, inner.loops, strict=True):
+            a, b = index.bounds(outer.ranges)
+            if a < low or b >= high:
+                return None
+        names = {n for n, _, _ in (*outer.loops, *outer.sums)}
+        if names & {n for n, _, _ in inner.sums}:
+            renamed = dict(zip((n for n, _, _ in inner.sums), fresh(scope, len(inner.sums)), strict=True))
+            sums = tuple((renamed[n], a, b) for n, a, b in inner.sums)
+            inner = replace(inner, sums=sums, body=substitute(inner.body, {o: it(n) for o, n in renamed.items()}))
+        by = {n: index for (n, _, _), index in zip(inner.loops, outer.body.index, strict=True)}
+        ranges = outer.ranges | {n: (a, b) for n, a, b in inner.sums}
+        whole = Scope(outer.loops, (*outer.sums, *inner.sums), substitute(inner.body, by, ranges), outer.pads)
+        chain = [*chain[:-2], whole]
+    return chain[0]
+
+
 def tighten(scope: Scope) -> Scope | None:
     """5: loops shrink to where the product can be non-zero; what was cut off becomes zero padding of the stage."""
     inner = stages(scope)[-1]
