@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wager.compile.ollie import forms as native
 from wager.compile.ollie.convolutions import Fused, expression, find_convolutions, library, with_epilogue
+from wager.compile.ollie.inter import alike, parallel_products
 from wager.compile.ollie.realize import Plan, best_product
 from wager.compile.ollie.search import agrees, derive
 from wager.compile.ollie.windows import Windows
@@ -27,7 +28,7 @@ from wager.graph.execute import Executable
 from wager.graph.expression import Scope
 from wager.graph.lower.windows import Chain, LayoutOperator, Operator
 from wager.graph.program import Program
-from wager.graph.timer import time_together
+from wager.graph.timer import quick_time, time_together
 
 Run = Callable[[Tensor], Tensor]
 DERIVED_SHARE = 0.5  # of an operator's share of the budget; the rest is for building and timing
@@ -109,13 +110,10 @@ def optimize(
         if progress:
             choice = site.choice
             progress(f"{choice.operator}: {choice.chosen}, {choice.baseline_ms:.3f} -> {choice.chosen_ms:.3f} ms")
-    overrides: dict[int, tuple[Callable[..., Tensor], tuple[int, ...]]] = {}
-    choices = [s.choice for s in sites]
-    for i, node in enumerate(program.nodes):
-        if node.op == "matmul" and node.inputs[1] in known and node.inputs[0] not in known and len(node.shape) == 2:
-            form, run = best_product(node.shape[0], known[node.inputs[1]].contiguous())
-            overrides[i] = (_contiguous(run), (node.inputs[0],))
-            choices.append(Choice(f"matmul {node.shape}", f"matmul ({form})", 0.0, 0.0))
+    sites, slices = _join_alike(program, found, sites, max(deadline - time.perf_counter(), 1.0), memory)
+    overrides, chosen = _products(program, known, len(program.nodes) + len(found))
+    overrides |= slices
+    choices = [s.choice for s in sites] + chosen
 
     def build() -> Executable:
         return rewired(program, constants, overrides | chains(program, sites))
@@ -126,26 +124,85 @@ def optimize(
     return Network(executable, choices)
 
 
-def _contiguous(run: Run) -> Run:
-    return lambda x: run(x.contiguous())
+Overrides = dict[int, tuple[Callable[..., Any], tuple[int, ...]]]
 
 
-def rewired(
-    program: Program,
-    constants: Mapping[str, Tensor],
-    overrides: Mapping[int, tuple[Callable[..., Tensor], tuple[int, ...]]],
-) -> Executable:
-    """An executable in which some nodes are computed by other means; nodes that nothing reads any more are dropped."""
+def rewired(program: Program, constants: Mapping[str, Tensor], overrides: Overrides) -> Executable:
+    """An executable in which some nodes are computed by other means; nodes that nothing reads any more are dropped.
+
+    Positions beyond the program's nodes are values of their own: they are computed before their first reader.
+    """
     executable = Executable(program, constants)
     steps = [(i, *overrides[i]) if i in overrides else (i, run, inputs) for i, run, inputs in executable.steps]
+    extra = {i: (i, *how) for i, how in overrides.items() if i >= len(program.nodes)}
+    executable.values += [None] * (max(extra, default=len(program.nodes) - 1) + 1 - len(program.nodes))
+    ordered = []
+    for step in steps:
+        ordered += [extra.pop(j) for j in step[2] if j in extra]
+        ordered.append(step)
     needed, kept = set(program.outputs), []
-    for i, run, inputs in reversed(steps):
+    for i, run, inputs in reversed(ordered):
         if i in needed:
             kept.append((i, run, inputs))
             needed.update(inputs)
     executable.steps = kept[::-1]
     executable.last_use = executable._last_uses()
     return executable
+
+
+# ── joined operators ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _columns(low: int, high: int) -> Run:
+    return lambda x: x[:, low:high]
+
+
+def _join_alike(
+    program: Program, found: list[Fused], sites: list[Site], budget_s: float, memory: dict[Any, Site]
+) -> tuple[list[Site], Overrides]:
+    """Convolutions of one value become one where that is priced below their sum."""
+    slices: Overrides = {}
+    for joint in alike(program, found, len(program.nodes)):
+        lasts = {last for last, _, _ in joint.parts}
+        apart = [s for s in sites if s.fused.last in lasts]
+        site = _site(program, joint.fused, 0, budget_s, 1, True, memory)
+        if site.taken.seconds < sum(s.taken.seconds for s in apart):
+            sites = [s for s in sites if s.fused.last not in lasts] + [site]
+            slices |= {last: (_columns(low, high), (joint.fused.last,)) for last, low, high in joint.parts}
+            site.choice.path = ("merge", *site.choice.path)
+    return sites, slices
+
+
+def _products(program: Program, known: Mapping[int, Tensor], position: int) -> tuple[Overrides, list[Choice]]:
+    """Every product with a constant right side in its fastest form; products of one value as one where that is faster."""
+    overrides: Overrides = {}
+    choices: list[Choice] = []
+    seconds: dict[int, float] = {}
+    for i, node in enumerate(program.nodes):
+        if node.op == "matmul" and node.inputs[1] in known and node.inputs[0] not in known and len(node.shape) == 2:
+            form, run = best_product(node.shape[0], known[node.inputs[1]].contiguous())
+            x = torch.randn(program.nodes[node.inputs[0]].shape)
+            seconds[i] = quick_time(lambda run=run, x=x: run(x), rounds=7)
+            overrides[i] = (_contiguous(run), (node.inputs[0],))
+            choices.append(Choice(f"matmul {node.shape}", f"matmul ({form})", 0.0, seconds[i] * 1e3))
+    for n, group in enumerate(parallel_products(program, known)):
+        source = program.nodes[group[0]].inputs[0]
+        wide = torch.cat([known[program.nodes[i].inputs[1]] for i in group], 1).contiguous()
+        rows = program.nodes[source].shape[0]
+        form, run = best_product(rows, wide)
+        x, low = torch.randn(program.nodes[source].shape), 0
+        if quick_time(lambda run=run, x=x: run(x), rounds=7) < sum(seconds[i] for i in group):
+            overrides[position + n] = (_contiguous(run), (source,))
+            for i in group:
+                width = program.nodes[i].shape[1]
+                overrides[i] = (_columns(low, low + width), (position + n,))
+                low += width
+            choices.append(Choice(f"{len(group)} products of one value", f"merge | matmul ({form})", 0.0, 0.0))
+    return overrides, choices
+
+
+def _contiguous(run: Run) -> Run:
+    return lambda x: run(x.contiguous())
 
 
 # ── one operator ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -278,7 +335,7 @@ def planned(scope: Scope, fused: Fused) -> _Planned:
 # ── the whole network ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def chains(program: Program, sites: list[Site]) -> dict[int, tuple[Callable[..., Tensor], tuple[int, ...]]]:
+def chains(program: Program, sites: list[Site]) -> Overrides:
     """What computes each operator's last node; neighbours that run natively become one call."""
     users: dict[int, int] = {}
     for node in program.nodes:
@@ -286,7 +343,7 @@ def chains(program: Program, sites: list[Site]) -> dict[int, tuple[Callable[...,
             users[j] = users.get(j, 0) + 1
     by_source = {s.fused.source: s for s in sites if users.get(s.fused.source, 0) == 1 and s.taken.form}
     inner = {s.fused.source for s in sites if s.taken.form}
-    overrides: dict[int, tuple[Callable[..., Tensor], tuple[int, ...]]] = {}
+    overrides: Overrides = {}
     done: set[int] = set()
     ends = {s.fused.last: s for s in sites if s.taken.form}
     for site in sites:
@@ -311,7 +368,7 @@ def _chain(program: Program, sites: list[Site]) -> Chain:
     steps: list[Operator] = [LayoutOperator(n, c, h * w)] if c > 1 and h * w > 1 else []
     for site in sites:
         steps += _operators(site.taken, site.fused, channels_first=site is sites[-1])
-    return Chain(steps, program.nodes[sites[-1].fused.last].shape)
+    return Chain(steps, sites[-1].fused.node.shape)
 
 
 def _revise(program: Program, sites: list[Site], build: Callable[[], Executable], budget_s: float) -> Executable:
@@ -341,4 +398,5 @@ def _revise(program: Program, sites: list[Site], build: Callable[[], Executable]
 def _explain(site: Site) -> None:
     taken, choice = site.taken, site.choice
     choice.chosen = "library" if taken.name == "library" else f"derived: {taken.name}"
-    choice.chosen_ms, choice.path = taken.seconds * 1e3, taken.path
+    choice.chosen_ms = taken.seconds * 1e3
+    choice.path = ("merge", *taken.path) if choice.path[:1] == ("merge",) else taken.path

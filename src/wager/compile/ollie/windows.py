@@ -17,7 +17,7 @@ import numpy as np
 
 from wager.compile.ollie import rules
 from wager.compile.ollie.match import operands
-from wager.graph.expression import Call, Loop, Read, Routine, Scope, Tensor
+from wager.graph.expression import Loop, Read, Routine, Scope, Tensor
 from wager.graph.index import it
 from wager.graph.lower.cpp import strides
 from wager.graph.lower.windows import MAX_TAPS, Filter, Group, Lattice, Table
@@ -168,7 +168,7 @@ def _weights(
         flat += where * step
         inside &= (where >= 0) & (where < length)
     found = kernel.reshape(-1)[np.where(inside, flat, 0)]
-    return np.where(inside, found, 0.0).astype(np.float32), inside.any(axis=(1, 2))
+    return np.where(inside, found, 0.0).astype(np.float32), np.asarray(inside.any(axis=(1, 2)))
 
 
 def tabulate(form: Windows, kernel: np.ndarray) -> Table:
@@ -223,7 +223,7 @@ def filterable(form: Windows, kernel: np.ndarray) -> Filter | None:
         if covered != (found.phase == phase).sum():
             return None
         flips = tuple(a.flip for a in axes if a)
-        weights.append(np.flip(weight, [d for d in (0, 1) if flips[d]]) if any(flips) else weight)
+        weights.append(np.flip(weight, tuple(d for d in (0, 1) if flips[d])) if any(flips) else weight)
         for i in axes[0].parts:
             for j in axes[1].parts:
                 out = (i.first * steps[form.pixels[1][0]] + j.first * steps[form.pixels[2][0]],)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from wager.errors import UsageError
 from wager.graph.lower.memory import Lifetime, plan
 from wager.graph.operators import BINARY, UNARY, Shape
 from wager.graph.program import BlockGraph, Node
+from wager.native import build
 
 RUNTIME = Path(__file__).with_name("runtime.h")
 UNARY_CODE = {
@@ -107,6 +109,14 @@ class _Emitter:
         if user.op in UNARY or user.op in BINARY:
             return user.shape == node.shape
         return user.op in ("accum", "accum_sum", "accum_rms", "output")
+
+    def panel(self, i: int) -> bool:
+        """A packed tile that only a matmul reads, as its right side: it arrives as panels of two vectors of columns."""
+        node, users = self.block.nodes[i], self.consumers[i]
+        if node.op != "input" or node["arg"] not in self.packed or len(users) != 1 or len(node.shape) != 2:
+            return False
+        user = self.block.nodes[users[0]]
+        return user.op == "matmul" and user.inputs[1] == i != user.inputs[0] and node.shape[-1] % panel_width() == 0
 
     def direct(self, i: int) -> int | None:
         """The accumulator that matmul `i` may add into."""
@@ -303,6 +313,12 @@ class _Emitter:
             return view.pointer + "".join(f" + {t}" for t in terms)
 
         m, k, n = shape_a[-2], shape_a[-1], shape_b[-1]
+        if self.panel(b):
+            self.emit(
+                f"wg_gemm_panels({m}, {n}, {k}, {base(va, shape_a)}, {va.strides[-2]}, {va.strides[-1]}, {vb.pointer}, "
+                f"{base(target, node.shape)}, {target.strides[-2]}, {add});"
+            )
+            return
         self.emit(
             f"wg_gemm({m}, {n}, {k}, {base(va, shape_a)}, {va.strides[-2]}, {va.strides[-1]}, {base(vb, shape_b)}, "
             f"{vb.strides[-2]}, {vb.strides[-1]}, {base(target, node.shape)}, {target.strides[-2]}, {add});"
@@ -384,6 +400,18 @@ class _Emitter:
         node = self.block.nodes[i]
         source = node.inputs[0]
         self._loop(node.shape, lambda at: f"{self._address(self.views[i], at)} = {self._operand(source, at)};")
+
+
+@cache
+def panel_width() -> int:
+    """Columns of a panel: two vectors of the processor that the generated code is compiled for."""
+    return 32 if build.isa() == "avx512" else 16
+
+
+def panels(block: BlockGraph, arguments: Sequence[Shape], packed: Sequence[int]) -> frozenset[int]:
+    """The packed arguments whose tiles are wanted as panels [columns / width, rows, width]."""
+    emitter = _Emitter(block, list(arguments), frozenset(packed), "probe")
+    return frozenset(n["arg"] for i, n in enumerate(block.nodes) if emitter.panel(i))
 
 
 def block_source(block: BlockGraph, arguments: Sequence[Shape], name: str, packed: Sequence[int] = ()) -> str:

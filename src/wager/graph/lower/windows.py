@@ -223,11 +223,11 @@ SHARED_FLOATS = 2 << 20
 
 
 class WinogradOperator(Operator):
-    """Minimal filtering in tiles of `tile` x `tile` outputs. Channels and features must be multiples of the vector."""
+    """Minimal filtering in tiles of `tile` x `tile` outputs; `alone`: a thread takes its tiles through all three steps. Channels and features must be multiples of the vector."""
 
     kind = 1
 
-    def __init__(self, what: Filter, how: Epilogue, tile: int, alone: bool | None = None):
+    def __init__(self, what: Filter, how: Epilogue, tile: int, alone: bool):
         super().__init__()
         taps, _, channels, features = what.weights_rscf[0].shape
         self.in_floats, self.out_floats = what.images * what.in_step, what.out_floats
@@ -245,8 +245,6 @@ class WinogradOperator(Operator):
         per_tile = points * (channels + padded)
         private = max(1, PRIVATE_FLOATS // per_tile // 12) * 12
         threads = max(torch.get_num_threads(), 1)
-        if alone is None:
-            alone = per_tile * private <= 2 * PRIVATE_FLOATS and points * channels * padded <= 1 << 18
         block = min(private if alone else max(48, SHARED_FLOATS // per_tile), len(tiles))
         scratch = np.zeros((threads if alone else 1) * points * (block * (channels + padded) + 32), np.float32)
         weights = [aligned(self._pack(filtering.transform_weights(w, tile))) for w in what.weights_rscf]
