@@ -141,23 +141,38 @@ class _Emitter:
         stored, last = self.stored(), len(self.block.nodes)
         loop_end = max((i for i, n in enumerate(self.block.nodes) if not self.block.after[i]), default=0)
         loop_end = max([loop_end, *(i for i, n in enumerate(self.block.nodes) if n.op.startswith("accum"))])
-        lifetimes = []
+        homes: dict[int, int] = {}  # where an elementwise result replaces an operand that nothing reads any more
+        lifetimes: dict[int, Lifetime] = {}
         for i in stored:
             end = max([i, *(self._real_uses(i))])
             accumulates = self.block.nodes[i].op.startswith("accum")
-            lifetimes.append(
-                Lifetime(
-                    4 * math.prod(self.block.nodes[i].shape),
-                    0 if accumulates else i,
-                    max(end, loop_end) if accumulates else end,
-                )
-            )
-        offsets, peak = plan(lifetimes) if lifetimes else ([], 0)
-        for i, offset in zip(stored, offsets, strict=True):
-            self.emit(f"float* t{i} = arena + {offset // 4};")
+            size, start = 4 * math.prod(self.block.nodes[i].shape), 0 if accumulates else i
+            end = max(end, loop_end) if accumulates else end
+            old = self._replaceable(i, stored)
+            homes[i] = homes[old] if old is not None else i
+            if old is not None:
+                lifetimes[homes[i]] = Lifetime(size, lifetimes[homes[i]].start, end)
+            else:
+                lifetimes[i] = Lifetime(size, start, end)
+        offsets, peak = plan(list(lifetimes.values())) if lifetimes else ([], 0)
+        place = dict(zip(lifetimes, offsets, strict=True))
+        for i in stored:
+            self.emit(f"float* t{i} = arena + {place[homes[i]] // 4};")
             self.views[i] = View(f"t{i}", tuple(strides(self.block.nodes[i].shape)))
         self.last = last
         return peak // 4
+
+    def _replaceable(self, i: int, stored: Sequence[int]) -> int | None:
+        """A stored operand of the same shape that elementwise node `i` reads last: each element is read, then written."""
+        node = self.block.nodes[i]
+        if node.op not in UNARY and node.op not in BINARY:
+            return None
+        alike = [j for j in node.inputs if j in stored and self.block.nodes[j].shape == node.shape]
+        for j in alike:
+            kept = self.block.nodes[j].op.startswith("accum") or self.block.after[i] != self.block.after[j]
+            if not kept and max(self._real_uses(j)) == i:
+                return j
+        return None
 
     def _real_uses(self, i: int) -> list[int]:
         uses = []

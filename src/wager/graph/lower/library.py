@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wager.graph.interpret import cut_tiles
 from wager.graph.lower.cpp import RUNTIME, block_source, panel_width, panels
+from wager.graph.lower.peel import peel
 from wager.graph.operators import Shape
 from wager.graph.program import BlockGraph, Node
 from wager.native import build
@@ -45,7 +46,7 @@ class NativeKernel:
     def __init__(self, node: Node, arguments: Sequence[Shape], constant: Sequence[int] = ()):
         """`constant`: arguments whose values never change; they are packed as tiles once, by `pack`."""
         assert node.block is not None
-        self.block, self.arguments = node.block, list(arguments)
+        self.block, self.arguments = peel(node.block), list(arguments)
         self.packed = tuple(a for a in constant if _packable(self.block, a))
         self.panels = panels(self.block, self.arguments, self.packed)
         self.text = block_source(self.block, self.arguments, "wager_kernel", self.packed)
