@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from wager.compile import api
 from wager.compile.ollie import definitions, forms, windows
 from wager.compile.ollie.network import optimize
 from wager.graph.expression import Call, Read, Scope, Tensor, evaluate, inputs_of
@@ -154,3 +155,41 @@ def test_a_chain_leaves_and_enters_where_it_must():
     for got, want in zip(network.executable(x), model(x), strict=True):
         torch.testing.assert_close(got, want.detach(), atol=1e-5, rtol=1e-4)
     assert len(network.choices) == 4
+
+
+def test_not_a_number_stays_one():
+    found = forms.windows_of(definitions.conv((1, 4, 4, 16), (16, 16, 3, 3), (1, 1), (1, 1), (1, 1)))
+    assert found is not None
+    w, x = np.ones((16, 16, 3, 3), np.float32), torch.full((1, 4, 4, 16), float("nan"))
+    for form in forms.forms(found, w):
+        assert Chain(forms.operators(form, found, Epilogue(None, "relu")), (1, 4, 4, 16))(x).isnan().all(), form.name
+
+
+def test_a_backend_freezes_the_parameters_until_they_change(monkeypatch, caplog):
+    quick = api.compile
+    made = []
+
+    def compiled(module, inputs):
+        made.append(quick(module, inputs, time_budget_s=1e-3))
+        made[-1].run = made[-1].run or fail  # whichever is faster: what was found is what is asked here
+        return made[-1]
+
+    monkeypatch.setattr(api, "compile", compiled)
+    monkeypatch.setattr(api, "_judge", lambda *_: None)
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(
+        torch.nn.ConvTranspose2d(16, 8, 4, 2, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+    ).eval()
+    fast, x = torch.compile(model, backend=api.backend, dynamic=False), torch.randn(1, 16, 3, 3)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-4)
+        assert len(made) == 1 and made[0].report().counters["operators"] == 1
+        model[0].weight.mul_(2.0)
+        torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-4)
+    assert len(made) == 2
+    assert fast(x).requires_grad and "torch.no_grad()" in caplog.text
+
+
+def fail(*_):
+    raise AssertionError("nothing native was found")

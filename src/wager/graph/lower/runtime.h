@@ -40,7 +40,7 @@ static inline float wg_gelu_tanh(float x) {
     return 0.5f * x * (1.0f + wg_tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
 }
 static inline float wg_gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
-static inline float wg_relu(float x) { return x > 0.0f ? x : 0.0f; }
+static inline float wg_relu(float x) { return x < 0.0f ? 0.0f : x; }  // keeps NaN
 static inline long wg_floordiv(long a, long b) { long q = a / b; return q - ((a % b != 0) & ((a < 0) != (b < 0))); }
 static inline long wg_mod(long a, long b) { long r = a % b; return r + ((r != 0) & ((r < 0) != (b < 0))) * b; }
 

@@ -110,7 +110,7 @@ static void wg_tile(const Window& w, const Group& g, const float* in, const floa
         for (int i = 0; i < MR; i++)
             for (int j = 0; j < 2; j++) {
                 vec y = c[i][j];
-                if (w.epilogue.activation == RELU) y = y > 0.0f ? y : vec{};
+                if (w.epilogue.activation == RELU) y = y < 0.0f ? vec{} : y;
                 if (w.epilogue.activation == PRELU) y = y > 0.0f ? y : y * *(const vec*)(slope + j * VECTOR);
                 *(vec*)(out + g.place[at + i] + block * WIDTH + j * VECTOR) = y;
             }

@@ -295,7 +295,8 @@ class Chain:
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         out = torch.empty(self.shape)
+        threads = min(self.threads, max(torch.get_num_threads(), 1))
         with self.lock:
             self.buffers[0], self.buffers[len(self.operators)] = x.data_ptr(), out.data_ptr()
-            self.function(self.calls, len(self.operators), self.buffers, self.zeros.ctypes.data, self.threads)
+            self.function(self.calls, len(self.operators), self.buffers, self.zeros.ctypes.data, threads)
         return out

@@ -99,7 +99,7 @@ struct Filtering {
             for (int i = 0; i < high; i++)
                 for (int j = 0; j < wide; j++) {
                     vec y = e[i][j] + bias;
-                    if (w.epilogue.activation == RELU) y = y > 0.0f ? y : vec{};
+                    if (w.epilogue.activation == RELU) y = y < 0.0f ? vec{} : y;
                     if (w.epilogue.activation == PRELU) y = y > 0.0f ? y : y * *(const vec*)(w.epilogue.slope + f);
                     float* place = to + i * l.out_row + j * l.out_column + f;
                     *(vec*)place = y;
