@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wager.compile.ollie import definitions, match, rules, search
+from wager.compile.ollie import definitions, inter, match, network, rules, search
 from wager.compile.ollie.network import optimize
 from wager.compile.ollie.realize import Plan
 from wager.graph.derivation_log import load
@@ -226,9 +226,9 @@ def test_a_network_is_optimised_as_a_whole():
     model[1].running_mean.normal_(), model[1].running_var.uniform_(0.5, 2)
     x = torch.randn(2, 6, 3, 3)
     traced = trace(model, [x])
-    network = optimize(traced.program, traced.constants, max_depth=3, keep=2, budget_s=5)
-    torch.testing.assert_close(network.executable(x)[0], model(x).detach(), atol=1e-5, rtol=1e-4)
-    assert len(network.choices) == 2
+    done = optimize(traced.program, traced.constants, max_depth=3, keep=2, budget_s=5)
+    torch.testing.assert_close(done.executable(x)[0], model(x).detach(), atol=1e-5, rtol=1e-4)
+    assert len(done.choices) == 2
 
 
 @given(st.integers(-20, 20), st.integers(1, 6), st.integers(-5, 5), st.integers(0, 9))
@@ -243,3 +243,92 @@ def test_reads_beyond_the_padding_are_an_error():
     scope = Scope((("x", 0, 4),), (), Read(Tensor("A", (3,)), (it("x"),)))
     with pytest.raises(OutOfRange):
         evaluate(scope, {"A": np.ones(3)})
+
+
+def test_expressions_are_split_merged_and_fused(rng):
+    a, b = Tensor("A", (5, 4)), [Tensor(f"B{i}", (4, 3)) for i in range(2)]
+
+    def product_of(right: Tensor) -> Scope:
+        body = Call("mul", (Read(a, (it("m"), it("k"))), Read(right, (it("k"), it("n")))))
+        return Scope((("m", 0, 5), ("n", 0, 3)), (("k", 0, 4),), body)
+
+    tensors = {"A": rng.integers(-3, 4, (5, 4)), "B0": rng.integers(-3, 4, (4, 3)), "B1": rng.integers(-3, 4, (4, 3))}
+    scopes = [product_of(t) for t in b]
+    whole = inter.merge(scopes, "stacked")
+    assert whole is not None
+    stacked = {**tensors, "stacked": np.stack([tensors["B0"], tensors["B1"]])}
+    assert np.array_equal(evaluate(whole, stacked), [evaluate(s, tensors) for s in scopes])
+    assert inter.merge([scopes[0], replace(scopes[1], sums=(("k", 0, 3),))], "stacked") is None
+    for name in ("m", "n"):
+        axis = [n for n, _, _ in scopes[0].loops].index(name)
+        parts = [evaluate(s, tensors) for s in inter.split(scopes[0], name)]
+        assert np.array_equal(np.stack(parts, axis), evaluate(scopes[0], tensors))
+    conv = definitions.conv((1, 5, 3, 2), (2, 2, 3, 3), (1, 1), (1, 1), (1, 1))
+    made = Scope(
+        tuple((f"y{d}", 0, s) for d, s in enumerate((1, 5, 3, 2))),
+        (),
+        Call("relu", (Read(Tensor("X", (5, 3, 2)), (it("y1"), it("y2"), it("y3"))),)),
+    )
+    x, k = rng.integers(-3, 4, (5, 3, 2)), rng.integers(-3, 4, (2, 2, 3, 3))
+    fused = inter.fuse(conv, {"A": made})
+    assert np.array_equal(evaluate(fused, {"X": x, "K": k}), evaluate(conv, {"A": np.maximum(x, 0)[None], "K": k}))
+
+
+@given(scopes())
+@settings(max_examples=25, deadline=None)
+def test_splitting_a_loop_keeps_every_value(scope):
+    rng = np.random.default_rng(0)
+    tensors = {n: rng.integers(-4, 5, t.shape).astype(float) for n, t in inputs_of(scope).items()}
+    parts = [evaluate(s, tensors) for s in inter.split(scope, "y")]
+    assert np.array_equal(np.stack(parts, 1), evaluate(scope, tensors))
+
+
+def test_operators_that_read_one_value_are_joined(monkeypatch):
+    nn = torch.nn
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1, bias=False)
+            self.p, self.q = nn.Linear(8, 16, bias=False), nn.Linear(8, 32, bias=False)
+
+        def forward(self, x, y):
+            return torch.relu(self.a(x)), torch.relu(self.b(x)), self.p(y), self.q(y)
+
+    model, inputs = Branches().eval(), [torch.randn(2, 8, 5, 6), torch.randn(4, 8)]
+    traced = trace(model, inputs)
+    monkeypatch.setattr(network, "quick_time", lambda run, rounds: 1.0)  # two products cost twice as much as one
+    rank = network._rank
+
+    def even(contenders, calls):
+        rank(contenders, calls)
+        for c in contenders:
+            c.seconds = 1.0
+
+    monkeypatch.setattr(network, "_rank", even)
+    found = optimize(traced.program, traced.constants, max_depth=0, keep=1, budget_s=1)
+    assert sum("merge" in c.chosen or "merge" in c.path for c in found.choices) == 2
+    for got, want in zip(found.executable(*inputs), model(*inputs), strict=True):
+        torch.testing.assert_close(got, want.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_dilated_convolution_becomes_an_ordinary_one():
+    scope = definitions.conv((2, 6, 8, 3), (4, 3, 3, 3), (1, 1), (2, 2), (2, 2))
+    found = search.derive(scope, max_depth=2, targets=("conv",), budget_s=3600, keep=500)
+    wanted = [
+        c for c in found.candidates if "7 A by 2 along 1" in c.path and sum(s.startswith("7") for s in c.path) == 2
+    ]
+    dilations = {c.path: dict(tensor.source.args)["dilation"] for c in wanted for tensor in routines(c.scope)}
+    assert (1, 1) in dilations.values() and all(same(scope, c.scope) for c in wanted)
+    x, w = torch.randn(2, 6, 8, 3), torch.randn(4, 3, 3, 3)
+    want = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), w, None, 1, 2, 2).permute(0, 2, 3, 1)
+    torch.testing.assert_close(Plan(wanted[0].scope, {"K": w})({"A": x}), want, atol=1e-4, rtol=1e-4)
+    odd = definitions.conv((1, 7, 7, 2), (2, 2, 3, 3), (1, 1), (2, 2), (2, 2))
+    assert not list(rules.undilate(odd)) and not list(
+        rules.undilate(definitions.conv((1, 6, 6, 2), (2, 2, 3, 3), (1, 1), (1, 1), (1, 1)))
+    )
+
+
+def routines(scope: Scope) -> list[Tensor]:
+    inner = rules.stages(scope)[-1]
+    return [t for t in rules.tensors(inner.body) if t.source is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ from wager.errors import UsageError
 from wager.graph.execute import Executable
 from wager.graph.interpret import random_inputs, run
 from wager.graph.lower.memory import Lifetime, plan
+from wager.graph.lower.peel import peel
+from wager.graph.program import BlockBuilder, Builder, Program
 from wager.graph.trace import trace
 from wager.graph.verify.floating import compare
 
@@ -26,6 +30,41 @@ def test_compiled_blocks_agree_with_the_interpreter(program, constant, rng):
     given_inputs = inputs[:1] if constant else inputs
     got = Executable(program, held)(*[torch.from_numpy(x) for x in given_inputs])[0].numpy()
     assert compare(program, inputs, [got])
+
+
+def batched(depth: int, reduce_dim: int = -1) -> Program:
+    """A small attention over `depth` heads in one block a half of the rows, 4 keys a step."""
+    shapes = [(depth, 8, 16), (depth, 16, 16), (depth, 16, 16)]
+    block = BlockBuilder(shapes, (2, 1, 1), 4)
+    q, k, v = block.input(0, (1, -1, -1)), block.input(1, (-1, -1, -1), 2), block.input(2, (-1, -1, -1), 1)
+    weights = block.add("exp", [block.add("matmul", [q, k])])
+    total = (
+        block.add("accum_sum", [weights]) if reduce_dim else block.add("accum", [block.add("sum", [weights], dim=0)])
+    )
+    out = block.add("accum", [block.add("matmul", [weights, v])])
+    if reduce_dim:
+        block.output(block.add("div", [out, total]), (1, -1, -1))
+    else:
+        block.output(total, (1, -1, -1))
+    build = Builder()
+    names = [build.input(s, n) for s, n in zip(shapes, "qkv", strict=True)]
+    return build.build(build.kernel(names, block.build())[0])
+
+
+def test_a_batch_inside_a_block_becomes_grid(rng):
+    program = batched(3)
+    (node,) = program.kernels
+    peeled = peel(node.block)
+    assert peeled.grid == (2, 3, 1) and all(n.shape[0] == 1 for n in peeled.nodes)
+    inputs = [x.astype(np.float32) for x in random_inputs(program, rng, 0.3)]
+    nodes = tuple(replace(n, block=peeled) if n is node else n for n in program.nodes)
+    np.testing.assert_allclose(run(replace(program, nodes=nodes), inputs)[0], run(program, inputs)[0], rtol=1e-6)
+    assert compare(program, inputs, [Executable(program)(*map(torch.from_numpy, inputs))[0].numpy()])
+
+
+def test_a_batch_whose_slices_meet_stays_in_the_block():
+    (node,) = batched(3, reduce_dim=0).kernels
+    assert peel(node.block) is node.block
 
 
 @given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 10), st.integers(0, 5)), min_size=1, max_size=12))

@@ -9,7 +9,6 @@ frozen. Sources: arXiv 2208.02025, 2405.05751, 2604.15272.
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wager.compile.dynamo import Frozen
 from wager.compile.fused import Settings, superoptimize
 from wager.compile.mirage.generate import Limits
 from wager.compile.ollie.network import optimize
@@ -31,7 +31,6 @@ from wager.graph.timer import time_together
 from wager.graph.trace import Traced, trace
 from wager.graph.verify.floating import compare
 
-log = logging.getLogger(__name__)
 SEARCHES = ("auto", "ollie", "mirage", "prism")
 
 
@@ -154,6 +153,7 @@ def _ollie(traced: Traced, budget_s: float, progress: Callable[[str], None] | No
     details = [
         f"{c.operator}: {c.chosen} ({c.baseline_ms:.3f} -> {c.chosen_ms:.3f} ms)"
         + (f", stopped by {c.limit}" if c.limit else "")
+        + "".join(f"; refused {why}" for why in c.refused)
         for c in network.choices
     ]
     counters = {"operators": len(network.choices), "derived": derived, "states": sum(c.states for c in network.choices)}
@@ -199,25 +199,6 @@ def load(path: str | Path) -> tuple[Program, Mapping[str, Any]]:
         raise UsageError(f"{path} is not a saved compilation ({error}); save one with Compiled.save") from None
 
 
-def backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
-    """A torch.compile backend: `torch.compile(model, backend=wager.compile.backend)`.
-
-    A graph that cannot be imported runs as it is, and one warning says why. Weights that Dynamo passes as inputs are not frozen.
-    """
-    try:
-        if not all(isinstance(x, Tensor) for x in example_inputs):
-            raise UsageError(
-                "a dynamic size is an input of the graph; mark the model static with torch.compile(dynamic=False)"
-            )
-        compiled = compile(
-            graph, [torch.randn(x.shape) if x.dtype == torch.float32 else x.detach() for x in example_inputs]
-        )
-    except UsageError as error:
-        log.warning("wager leaves a graph to eager torch: %s", error)
-        return graph.forward
-
-    def run(*inputs: Tensor) -> tuple[Any, ...]:
-        outputs = compiled(*inputs)
-        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-
-    return run
+def backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A torch.compile backend: `torch.compile(model, backend=wager.compile.backend)`; see wager.compile.dynamo."""
+    return Frozen(graph, lambda module, inputs: compile(module, inputs))

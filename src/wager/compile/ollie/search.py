@@ -71,6 +71,7 @@ def successors(scope: Scope, path: tuple[str, ...]) -> Iterator[tuple[str, Scope
 
     if used("1") < LIMITS["1"]:
         yield from rules.split_sum(scope)
+    yield from rules.undilate(scope)
     yield from rules.merge_variables(scope)
     if used("3") < LIMITS["3"]:
         yield from rules.split_stage(scope)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from wager.errors import UsageError
 from wager.graph.lower.memory import Lifetime, plan
 from wager.graph.operators import BINARY, UNARY, Shape
 from wager.graph.program import BlockGraph, Node
+from wager.native import build
 
 RUNTIME = Path(__file__).with_name("runtime.h")
 UNARY_CODE = {
@@ -108,6 +110,14 @@ class _Emitter:
             return user.shape == node.shape
         return user.op in ("accum", "accum_sum", "accum_rms", "output")
 
+    def panel(self, i: int) -> bool:
+        """A packed tile that only a matmul reads, as its right side: it arrives as panels of two vectors of columns."""
+        node, users = self.block.nodes[i], self.consumers[i]
+        if node.op != "input" or node["arg"] not in self.packed or len(users) != 1 or len(node.shape) != 2:
+            return False
+        user = self.block.nodes[users[0]]
+        return user.op == "matmul" and user.inputs[1] == i != user.inputs[0] and node.shape[-1] % panel_width() == 0
+
     def direct(self, i: int) -> int | None:
         """The accumulator that matmul `i` may add into."""
         users = self.consumers[i]
@@ -131,23 +141,38 @@ class _Emitter:
         stored, last = self.stored(), len(self.block.nodes)
         loop_end = max((i for i, n in enumerate(self.block.nodes) if not self.block.after[i]), default=0)
         loop_end = max([loop_end, *(i for i, n in enumerate(self.block.nodes) if n.op.startswith("accum"))])
-        lifetimes = []
+        homes: dict[int, int] = {}  # where an elementwise result replaces an operand that nothing reads any more
+        lifetimes: dict[int, Lifetime] = {}
         for i in stored:
             end = max([i, *(self._real_uses(i))])
             accumulates = self.block.nodes[i].op.startswith("accum")
-            lifetimes.append(
-                Lifetime(
-                    4 * math.prod(self.block.nodes[i].shape),
-                    0 if accumulates else i,
-                    max(end, loop_end) if accumulates else end,
-                )
-            )
-        offsets, peak = plan(lifetimes) if lifetimes else ([], 0)
-        for i, offset in zip(stored, offsets, strict=True):
-            self.emit(f"float* t{i} = arena + {offset // 4};")
+            size, start = 4 * math.prod(self.block.nodes[i].shape), 0 if accumulates else i
+            end = max(end, loop_end) if accumulates else end
+            old = self._replaceable(i, stored)
+            homes[i] = homes[old] if old is not None else i
+            if old is not None:
+                lifetimes[homes[i]] = Lifetime(size, lifetimes[homes[i]].start, end)
+            else:
+                lifetimes[i] = Lifetime(size, start, end)
+        offsets, peak = plan(list(lifetimes.values())) if lifetimes else ([], 0)
+        place = dict(zip(lifetimes, offsets, strict=True))
+        for i in stored:
+            self.emit(f"float* t{i} = arena + {place[homes[i]] // 4};")
             self.views[i] = View(f"t{i}", tuple(strides(self.block.nodes[i].shape)))
         self.last = last
         return peak // 4
+
+    def _replaceable(self, i: int, stored: Sequence[int]) -> int | None:
+        """A stored operand of the same shape that elementwise node `i` reads last: each element is read, then written."""
+        node = self.block.nodes[i]
+        if node.op not in UNARY and node.op not in BINARY:
+            return None
+        alike = [j for j in node.inputs if j in stored and self.block.nodes[j].shape == node.shape]
+        for j in alike:
+            kept = self.block.nodes[j].op.startswith("accum") or self.block.after[i] != self.block.after[j]
+            if not kept and max(self._real_uses(j)) == i:
+                return j
+        return None
 
     def _real_uses(self, i: int) -> list[int]:
         uses = []
@@ -303,6 +328,12 @@ class _Emitter:
             return view.pointer + "".join(f" + {t}" for t in terms)
 
         m, k, n = shape_a[-2], shape_a[-1], shape_b[-1]
+        if self.panel(b):
+            self.emit(
+                f"wg_gemm_panels({m}, {n}, {k}, {base(va, shape_a)}, {va.strides[-2]}, {va.strides[-1]}, {vb.pointer}, "
+                f"{base(target, node.shape)}, {target.strides[-2]}, {add});"
+            )
+            return
         self.emit(
             f"wg_gemm({m}, {n}, {k}, {base(va, shape_a)}, {va.strides[-2]}, {va.strides[-1]}, {base(vb, shape_b)}, "
             f"{vb.strides[-2]}, {vb.strides[-1]}, {base(target, node.shape)}, {target.strides[-2]}, {add});"
@@ -384,6 +415,18 @@ class _Emitter:
         node = self.block.nodes[i]
         source = node.inputs[0]
         self._loop(node.shape, lambda at: f"{self._address(self.views[i], at)} = {self._operand(source, at)};")
+
+
+@cache
+def panel_width() -> int:
+    """Columns of a panel: two vectors of the processor that the generated code is compiled for."""
+    return 32 if build.isa() == "avx512" else 16
+
+
+def panels(block: BlockGraph, arguments: Sequence[Shape], packed: Sequence[int]) -> frozenset[int]:
+    """The packed arguments whose tiles are wanted as panels [columns / width, rows, width]."""
+    emitter = _Emitter(block, list(arguments), frozenset(packed), "probe")
+    return frozenset(n["arg"] for i, n in enumerate(block.nodes) if emitter.panel(i))
 
 
 def block_source(block: BlockGraph, arguments: Sequence[Shape], name: str, packed: Sequence[int] = ()) -> str:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from wager.graph.interpret import cut_tiles
-from wager.graph.lower.cpp import RUNTIME, block_source
+from wager.graph.lower.cpp import RUNTIME, block_source, panel_width, panels
+from wager.graph.lower.peel import peel
 from wager.graph.operators import Shape
 from wager.graph.program import BlockGraph, Node
 from wager.native import build
@@ -45,8 +46,9 @@ class NativeKernel:
     def __init__(self, node: Node, arguments: Sequence[Shape], constant: Sequence[int] = ()):
         """`constant`: arguments whose values never change; they are packed as tiles once, by `pack`."""
         assert node.block is not None
-        self.block, self.arguments = node.block, list(arguments)
+        self.block, self.arguments = peel(node.block), list(arguments)
         self.packed = tuple(a for a in constant if _packable(self.block, a))
+        self.panels = panels(self.block, self.arguments, self.packed)
         self.text = block_source(self.block, self.arguments, "wager_kernel", self.packed)
         self.function = compile_source([self.text]).wager_kernel
         self.function.argtypes, self.function.restype = (POINTER, POINTER), None
@@ -58,7 +60,11 @@ class NativeKernel:
         if arg not in self.packed:
             return x.contiguous()
         node = next(n for n in self.block.inputs if n["arg"] == arg)
-        return torch.from_numpy(cut_tiles(x.numpy(), node["imap"], node["fmap"], self.block).copy()).contiguous()
+        tiles = cut_tiles(x.numpy(), node["imap"], node["fmap"], self.block)
+        if arg in self.panels:
+            *lead, rows, columns = tiles.shape
+            tiles = tiles.reshape(*lead, rows, columns // panel_width(), panel_width()).swapaxes(-3, -2)
+        return torch.from_numpy(tiles.copy()).contiguous()
 
     def __call__(self, *args: Tensor, out: Sequence[Tensor] | None = None) -> list[Tensor]:
         results = list(out) if out is not None else [torch.empty(s) for s in self.output_shapes]

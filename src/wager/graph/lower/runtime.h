@@ -40,29 +40,45 @@ static inline float wg_gelu_tanh(float x) {
     return 0.5f * x * (1.0f + wg_tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
 }
 static inline float wg_gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
-static inline float wg_relu(float x) { return x > 0.0f ? x : 0.0f; }
+static inline float wg_relu(float x) { return x < 0.0f ? 0.0f : x; }  // keeps NaN
 static inline long wg_floordiv(long a, long b) { long q = a / b; return q - ((a % b != 0) & ((a < 0) != (b < 0))); }
 static inline long wg_mod(long a, long b) { long r = a % b; return r + ((r != 0) & ((r < 0) != (b < 0))) * b; }
 
 // C[MR x NR vectors] (+)= A[MR x K] B[K x NR vectors]; A has strides (ar, ac), B and C are contiguous along columns.
-template <int MR, int NR>
+// STREAM: B comes from far away and is read once, so that asking for it ahead pays.
+template <int MR, int NR, bool STREAM = false>
 static inline void wg_micro(long K, const float* A, long ar, long ac, const float* B, long ldb, float* C, long ldc, bool add) {
     vec c[MR][NR];
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NR; j++) c[i][j] = add ? *(const vec*)(C + i * ldc + j * VECTOR) : vec{};
-    for (long k = 0; k < K; k++) {
-        vec b[NR];
-        for (int j = 0; j < NR; j++) b[j] = *(const vec*)(B + k * ldb + j * VECTOR);
-        for (int i = 0; i < MR; i++) {
-            float a = A[i * ar + k * ac];
-            for (int j = 0; j < NR; j++) c[i][j] += b[j] * a;
+    if (ac == 1) {  // pointers per row: the common case keeps its addresses in registers
+        const float* a[MR];
+        for (int i = 0; i < MR; i++) a[i] = A + i * ar;
+#pragma GCC unroll 2
+        for (long k = 0; k < K; k++) {
+            if (STREAM) __builtin_prefetch(B + (k + 24) * ldb);
+            vec b[NR];
+            for (int j = 0; j < NR; j++) b[j] = *(const vec*)(B + k * ldb + j * VECTOR);
+            for (int i = 0; i < MR; i++) {
+                const float x = a[i][k];
+                for (int j = 0; j < NR; j++) c[i][j] += b[j] * x;
+            }
+        }
+    } else {
+        for (long k = 0; k < K; k++) {
+            vec b[NR];
+            for (int j = 0; j < NR; j++) b[j] = *(const vec*)(B + k * ldb + j * VECTOR);
+            for (int i = 0; i < MR; i++) {
+                const float x = A[i * ar + k * ac];
+                for (int j = 0; j < NR; j++) c[i][j] += b[j] * x;
+            }
         }
     }
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NR; j++) *(vec*)(C + i * ldc + j * VECTOR) = c[i][j];
 }
 
-template <int NR>
+template <int NR, bool STREAM = false>
 static inline void wg_rows(long M, long K, const float* A, long ar, long ac, const float* B, long ldb, float* C, long ldc, bool add) {
     long i = 0;
 #if defined(__AVX512F__)
@@ -71,11 +87,19 @@ static inline void wg_rows(long M, long K, const float* A, long ar, long ac, con
     constexpr int TALL = NR >= 2 ? 6 : 8;
 #endif
     if (TALL > 8 && M % 8 == 0 && M % TALL != 0)
-        for (; i + 8 <= M; i += 8) wg_micro<8, NR>(K, A + i * ar, ar, ac, B, ldb, C + i * ldc, ldc, add);
-    for (; i + TALL <= M; i += TALL) wg_micro<TALL, NR>(K, A + i * ar, ar, ac, B, ldb, C + i * ldc, ldc, add);
-    for (; i + 4 <= M; i += 4) wg_micro<4, NR>(K, A + i * ar, ar, ac, B, ldb, C + i * ldc, ldc, add);
-    for (; i + 2 <= M; i += 2) wg_micro<2, NR>(K, A + i * ar, ar, ac, B, ldb, C + i * ldc, ldc, add);
-    for (; i < M; i++) wg_micro<1, NR>(K, A + i * ar, ar, ac, B, ldb, C + i * ldc, ldc, add);
+        for (; i + 8 <= M; i += 8) wg_micro<8, NR, STREAM>(K, A + i * ar, ar, ac, B, ldb, C + i * ldc, ldc, add);
+    const long tall = M > TALL && M % TALL && M % TALL < 3 ? M - TALL : M;  // one or two rows alone would wait for their own sums
+    for (; i + TALL <= tall; i += TALL) wg_micro<TALL, NR, STREAM>(K, A + i * ar, ar, ac, B, ldb, C + i * ldc, ldc, add);
+    for (; i + 4 <= M; i += 4) wg_micro<4, NR, STREAM>(K, A + i * ar, ar, ac, B, ldb, C + i * ldc, ldc, add);
+    for (; i + 3 <= M; i += 3) wg_micro<3, NR, STREAM>(K, A + i * ar, ar, ac, B, ldb, C + i * ldc, ldc, add);
+    for (; i + 2 <= M; i += 2) wg_micro<2, NR, STREAM>(K, A + i * ar, ar, ac, B, ldb, C + i * ldc, ldc, add);
+    for (; i < M; i++) wg_micro<1, NR, STREAM>(K, A + i * ar, ar, ac, B, ldb, C + i * ldc, ldc, add);
+}
+
+// C[M x N] (+)= A[M x K] B, B being panels of two vectors of columns one after another: [N / width][K][width].
+static inline void wg_gemm_panels(long M, long N, long K, const float* A, long ar, long ac, const float* B, float* C, long ldc, bool add) {
+    constexpr long W = 2 * VECTOR;
+    for (long j = 0; j < N; j += W) wg_rows<2, true>(M, K, A, ar, ac, B + j * K, W, C + j, ldc, add);
 }
 
 // One panel of two vectors, copied first so that its rows neither evict one another (large strides alias in the cache) nor cost address
