@@ -87,6 +87,18 @@ def key(found):
     return [to_json(p) for p in found.programs]
 
 
+@pytest.mark.parametrize(
+    "program, ops", [(RMS, 6), (published.gated_mlp(2, 4, 4), 9), (published.attention(2, 2, 4, 2), 10)]
+)
+def test_maps_that_no_block_can_use_are_skipped_and_nothing_is_lost(program, ops):
+    sizes = ((1, 2), (1, 2), 1)
+    kept, every = set(concrete.plans(program, *sizes)), set(concrete.plans(program, *sizes, regions=False))
+    assert kept < every and len(kept) == len(list(concrete.plans(program, *sizes)))
+    limits = Limits(max_block_ops=ops, budget_s=3600)
+    found = [key(concrete.search(program, limits, regions=r, trials=1, **SMALL)) for r in (True, False)]
+    assert sorted(found[0]) == sorted(found[1]) != []
+
+
 def test_two_workers_find_what_one_finds():
     limits = Limits(max_block_ops=6, budget_s=300)
     alone, pair = (concrete.search(RMS, limits, workers=n, **SMALL) for n in (1, 2))
