@@ -15,6 +15,7 @@ from wager.compile.mirage import enumerate as compiled
 from wager.compile.mirage import search as concrete
 from wager.compile.mirage.abstract import Algebra, Subexpressions, factors, of_program
 from wager.compile.mirage.generate import BlockSearch, Limits, Progress, menu
+from wager.compile.mirage.regions import grid_maps
 from wager.compile.prism import search as symbolic
 from wager.errors import BuildError, UsageError
 from wager.graph import published
@@ -87,16 +88,28 @@ def key(found):
     return [to_json(p) for p in found.programs]
 
 
-@pytest.mark.parametrize(
-    "program, ops", [(RMS, 6), (published.gated_mlp(2, 4, 4), 9), (published.attention(2, 2, 4, 2), 10)]
-)
-def test_maps_that_no_block_can_use_are_skipped_and_nothing_is_lost(program, ops):
+def test_maps_that_no_block_can_use_are_skipped_and_nothing_is_lost():
     sizes = ((1, 2), (1, 2), 1)
-    kept, every = set(concrete.plans(program, *sizes)), set(concrete.plans(program, *sizes, regions=False))
-    assert kept < every and len(kept) == len(list(concrete.plans(program, *sizes)))
-    limits = Limits(max_block_ops=ops, budget_s=3600)
-    found = [key(concrete.search(program, limits, regions=r, trials=1, **SMALL)) for r in (True, False)]
-    assert sorted(found[0]) == sorted(found[1]) != []
+    kept, every = list(concrete.plans(RMS, *sizes)), list(concrete.plans(RMS, *sizes, regions=False))
+    assert set(kept) < set(every) and len(set(kept)) == len(kept) and len(set(every)) == len(every)
+    found = [concrete.search(RMS, Limits(max_block_ops=6, budget_s=3600), regions=r, **SMALL) for r in (True, False)]
+    assert sorted(key(found[0])) == sorted(key(found[1])) != []
+
+
+@pytest.mark.parametrize(
+    "program, ops",
+    [(published.gated_mlp(4, 16, 8), 9), (published.lora(4, 16, 4, 8), 10), (published.attention(2, 8, 16, 4), 10),
+     (published.qk_norm_attention(2, 8, 16, 4), 11), (published.ntrans(4, 8), 10)],
+)  # fmt: skip
+def test_what_the_symbolic_search_proves_uses_only_allowed_maps(program, ops):
+    """The maps of proved families are found from ties between dimensions; those of the concrete search from what a block depends on."""
+    grids = 3 if len(program.output_shapes[0]) > 2 else 2
+    allowed = {frozenset(m) for m in grid_maps(program, grids)}
+    families = symbolic.search(program, Limits(max_block_ops=ops, budget_s=3600)).families
+    assert families
+    for family in families:
+        imaps = family.kernels[0].mapping.imaps
+        assert frozenset(tuple(m[p] for m in imaps) for p in range(grids)) in allowed, family.explain()
 
 
 def test_two_workers_find_what_one_finds():
