@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from wager.compile.mirage import search as concrete
 from wager.compile.mirage.generate import Limits, Progress
 from wager.compile.mirage.tune import Timed, race
 from wager.compile.prism import search as symbolic
-from wager.compile.prism.family import representative
+from wager.compile.prism.family import Family, representative
 from wager.compile.prism.mapping import count
 from wager.graph import published
 from wager.graph.program import Builder, Program
@@ -50,30 +50,30 @@ def sheet_programs(quick: bool) -> dict[str, tuple[Program, int]]:
     }
 
 
-def rediscovery(quick: bool) -> dict[str, tuple[Program, Limits, set[str]]]:
-    """Program, limits, and the operators that a kernel must hold to count as the fused form."""
+@dataclass(frozen=True)
+class Wanted:
+    """A program, the limits of its search, the operators that a kernel must hold to count as the fused form, and its published file."""
+
+    program: Program
+    limits: Limits
+    needed: set[str]
+    file: str = ""
+
+
+def rediscovery(quick: bool) -> dict[str, Wanted]:
     s = 4 if quick else 1
-    wide = lambda ops, kernels=1: Limits(max_block_ops=ops, max_kernels=kernels, budget_s=20.0 if quick else 240.0)
-    split = {"accum_width", "exp", "div"}
+    wide = lambda ops, kernels=1: Limits(max_block_ops=ops, max_kernels=kernels, budget_s=20.0 if quick else 120.0)
+    split, normed = {"accum_width", "exp", "div"}, {"accum_rms", "div"}
     return {
-        "RMSNorm with gain+matmul": (normed_matmul_with_gain(16, 1024 // s, 4096 // s), wide(11), {"accum_rms", "div"}),
-        "gated MLP": (published.gated_mlp(8, 512 // s, 2048 // s), wide(11), {"silu", "mul"}),
-        "LoRA": (published.lora(16, 256 // s, 16, 4096 // s), wide(11), {"add"}),
-        "QK-norm attention": (published.qk_norm_attention(2, 256 // s, 4096 // s, 64), wide(11), {"rms_norm", "exp"}),
-        "GQA split over keys": (published.attention(16, 256 // s, 4096 // s, 64), wide(10, 2), split),
-        "MQA split over keys": (published.attention(1, 1024 // s, 4096 // s, 64), wide(10, 2), split),
-    }
-
-
-def published_files() -> dict[str, tuple[Program, Limits]]:
-    """For every published file the program and the limits within which its graphs lie."""
-    limits = {
-        "ntrans_bs1": Limits(max_block_ops=11, budget_s=60.0),
-        "gqa_bs8": Limits(10, max_kernels=2, budget_s=240.0),
-    }
-    limits["mqa_bs1"] = limits["gqa_bs8"]
-    return {
-        n: (make(), limits.get(n, Limits(max_block_ops=11, budget_s=60.0))) for n, make in published.PROGRAMS.items()
+        "RMSNorm with gain+matmul": Wanted(normed_matmul_with_gain(16, 1024 // s, 4096 // s), wide(11), normed),
+        "RMSNorm+matmul, batch 1": Wanted(published.PROGRAMS["rmsnorm_bs1"](), wide(11), normed, "rmsnorm_bs1"),
+        "RMSNorm+matmul, batch 8": Wanted(published.PROGRAMS["rmsnorm_bs8"](), wide(11), normed, "rmsnorm_bs8"),
+        "gated MLP": Wanted(published.gated_mlp(8, 4096, 4096), wide(11), {"silu", "mul"}, "gated_mlp"),
+        "LoRA": Wanted(published.lora(16, 256, 16, 4096), wide(11), {"add"}, "lora"),
+        "nTrans": Wanted(published.ntrans(8, 4096), wide(11), {"rms_norm", "mul"}, "ntrans_bs1"),
+        "QK-norm attention": Wanted(published.qk_norm_attention(2, 256, 4096 // s, 64), wide(11), {"rms_norm", "exp"}),
+        "GQA split over keys": Wanted(published.attention(16, 256, 4096, 64), wide(10, 2), split, "gqa_bs8"),
+        "MQA split over keys": Wanted(published.attention(1, 1024, 4096, 64), wide(10, 2), split, "mqa_bs1"),
     }
 
 
@@ -88,9 +88,7 @@ def main() -> None:
     budget = args.budget or (5.0 if args.quick else 60.0)
     rows: list[Row] = []
     facts: dict[str, Any] = {"mapping counts": count([2, 2, 2], [True, True, False], 2, [(0, 1, 1, 0)])}
-    facts["rediscovered"] = found_again(args.quick)
-    if args.data and not args.quick:
-        facts["published graphs found"] = covered(Path(args.data) / "compilers" / "mugraphs")
+    facts["rediscovered"] = found_again(args.quick, args.data)
     for name, (program, ops) in sheet_programs(args.quick).items():
         row, facts[name] = side_by_side(name, program, ops, budget, args.quick)
         rows += row
@@ -106,44 +104,31 @@ def main() -> None:
         say(f"drawn: {draw(facts['pruning'])}")
 
 
-def found_again(quick: bool) -> dict[str, Any]:
+def found_again(quick: bool, data: str | None) -> dict[str, Any]:
+    """What the symbolic search proves; with `data` also how many of the published graphs are members of what it found without seeing them."""
     out: dict[str, Any] = {}
-    for name, (program, limits, needed) in rediscovery(quick).items():
+    for name, wanted in rediscovery(quick).items():
         start = time.perf_counter()
-        found = symbolic.search(program, limits, max_families=10_000, workers=os.cpu_count() or 1)
-        fused = [f for f in found.families if needed <= {n.op for k in f.kernels for n in k.structure.nodes}]
+        found = symbolic.search(wanted.program, wanted.limits, max_families=100_000, workers=os.cpu_count() or 1)
+        operators = [{n.op for k in f.kernels for n in k.structure.nodes} for f in found.families]
         out[name] = {
             "families": len(found.families),
-            "fused form": len(fused),
+            "fused form": sum(wanted.needed <= ops for ops in operators),
             "states": found.progress.states,
             "seconds": round(time.perf_counter() - start, 2),
             "stopped_by": found.progress.limit,
         }
+        if data and wanted.file:
+            graphs = published.load(Path(data) / "compilers" / "mugraphs" / f"{wanted.file}.json")
+            forms = {form(m) for f in found.families if (m := _member(f, wanted.program)) is not None}
+            out[name]["published graphs among them"] = f"{sum(form(g) in forms for g in graphs)} of {len(graphs)}"
         say(f"{name}: {out[name]}")
     return out
 
 
-def covered(folder: Path) -> dict[str, Any]:
-    """How many of the published graphs are members of a family that the search finds without having seen them."""
-    out: dict[str, Any] = {}
-    for name, (program, limits) in published_files().items():
-        start = time.perf_counter()
-        found = symbolic.search(program, limits, max_families=100_000, workers=os.cpu_count() or 1)
-        forms = set()
-        for family in found.families:
-            sizes = representative(family, program.input_shapes)
-            if sizes is not None:
-                forms.add(form(family.instantiate(program.input_shapes, sizes)))
-        graphs = published.load(folder / f"{name}.json")
-        out[name] = {
-            "graphs": len(graphs),
-            "found": sum(form(g) in forms for g in graphs),
-            "families": len(found.families),
-            "seconds": round(time.perf_counter() - start, 1),
-            "stopped_by": found.progress.limit,
-        }
-        say(f"published {name}: {out[name]}")
-    return out
+def _member(family: Family, program: Program) -> Program | None:
+    sizes = representative(family, program.input_shapes)
+    return None if sizes is None else family.instantiate(program.input_shapes, sizes)
 
 
 SEARCHES = ("Mirage", "Mirage with region filter", "Prism")
