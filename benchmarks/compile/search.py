@@ -1,6 +1,6 @@
 """The searches: what they rediscover, Prism against Mirage, pruning on and off, and nine block operators.
 
-    python -m benchmarks.compile.search [--quick] [--budget 60] [--data DIR]
+    python -m benchmarks.compile.search [--quick] [--budget 60] [--data DIR] [--only rediscovery|race|pruning|nine]
 
 DIR (optional) is the folder that holds `compilers/`: how many published graphs the search finds by itself is then counted too.
 Prism and Mirage use the same generator, limits and candidate sizes; both end with the same race over what they found, so the table compares
@@ -9,6 +9,7 @@ the time from the program to the best kernel. A search that hits its budget is m
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 import time
@@ -20,8 +21,9 @@ import torch
 
 from benchmarks.compile.forms import form
 from benchmarks.compile.superoptimize import machine_facts
-from benchmarks.harness import Report, Row, arguments, compare, picture_path, say
+from benchmarks.harness import Report, Row, arguments, compare, load_results, picture_path, say
 from wager.compile.mirage import search as concrete
+from wager.compile.mirage.enumerate import library
 from wager.compile.mirage.generate import Limits, Progress
 from wager.compile.mirage.tune import Timed, race
 from wager.compile.prism import search as symbolic
@@ -62,7 +64,7 @@ class Wanted:
 
 def rediscovery(quick: bool) -> dict[str, Wanted]:
     s = 4 if quick else 1
-    wide = lambda ops, kernels=1: Limits(max_block_ops=ops, max_kernels=kernels, budget_s=20.0 if quick else 120.0)
+    wide = lambda ops, kernels=1: Limits(max_block_ops=ops, max_kernels=kernels, budget_s=20.0 if quick else 90.0)
     split, normed = {"accum_width", "exp", "div"}, {"accum_rms", "div"}
     return {
         "RMSNorm with gain+matmul": Wanted(normed_matmul_with_gain(16, 1024 // s, 4096 // s), wide(11), normed),
@@ -70,38 +72,63 @@ def rediscovery(quick: bool) -> dict[str, Wanted]:
         "RMSNorm+matmul, batch 8": Wanted(published.PROGRAMS["rmsnorm_bs8"](), wide(11), normed, "rmsnorm_bs8"),
         "gated MLP": Wanted(published.gated_mlp(8, 4096, 4096), wide(11), {"silu", "mul"}, "gated_mlp"),
         "LoRA": Wanted(published.lora(16, 256, 16, 4096), wide(11), {"add"}, "lora"),
-        "nTrans": Wanted(published.ntrans(8, 4096), wide(11), {"rms_norm", "mul"}, "ntrans_bs1"),
+        "nTrans": Wanted(published.ntrans(8, 4096), wide(10), {"rms_norm", "mul"}, "ntrans_bs1"),
         "QK-norm attention": Wanted(published.qk_norm_attention(2, 256, 4096 // s, 64), wide(11), {"rms_norm", "exp"}),
         "GQA split over keys": Wanted(published.attention(16, 256, 4096, 64), wide(10, 2), split, "gqa_bs8"),
         "MQA split over keys": Wanted(published.attention(1, 1024, 4096, 64), wide(10, 2), split, "mqa_bs1"),
     }
 
 
+SECTIONS = ("rediscovery", "race", "pruning", "nine")
+
+
 def main() -> None:
     parser = arguments("Prism against Mirage, pruning, and what the searches find.")
     parser.add_argument("--budget", type=float, default=None, help="seconds of search per program and search")
     parser.add_argument("--data", default=os.environ.get("WAGER_DATA"), help="folder that holds compilers/ (optional)")
+    parser.add_argument("--only", choices=SECTIONS, default=None, help="one part; the record keeps the others")
     args = parser.parse_args()
     if args.device != "cpu":
         parser.error("these searches run on a CPU: --device cpu")
     torch.manual_seed(0)
-    budget = args.budget or (5.0 if args.quick else 60.0)
-    rows: list[Row] = []
-    facts: dict[str, Any] = {"mapping counts": count([2, 2, 2], [True, True, False], 2, [(0, 1, 1, 0)])}
-    facts["rediscovered"] = found_again(args.quick, args.data)
-    for name, (program, ops) in sheet_programs(args.quick).items():
-        row, facts[name] = side_by_side(name, program, ops, budget, args.quick)
-        rows += row
-        say(f"{name}: {facts[name]}")
-    facts["pruning"] = pruning(2.0 if args.quick else 8.0)
-    facts["nine block operators"] = nine(args.quick, 10.0 if args.quick else 600.0)
+    rows, facts = recorded() if args.only and not args.quick else ([], {})
+    for section in SECTIONS if args.only is None else (args.only,):
+        rows, found = run_section(section, rows, args)
+        facts |= found
     report = Report("compile", "search", rows, facts)
-    print(report.table())
+    if rows:
+        print(report.table())
     for name, value in facts.items():
         say(f"{name}: {value}")
     if not args.quick:
         report.save(machine_facts())
-        say(f"drawn: {draw(facts['pruning'])}")
+        if "pruning" in facts:
+            say(f"drawn: {draw(facts['pruning'])}")
+
+
+def recorded() -> tuple[list[Row], dict[str, Any]]:
+    """Rows and facts of the record, so that one part can be measured again."""
+    for found in load_results():
+        if (found["wing"], found["system"]) == ("compile", "search"):
+            return [Row(**row) for row in found["rows"]], found["facts"]
+    return [], {}
+
+
+def run_section(section: str, rows: list[Row], args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    """The rows (new ones for the race) and the facts of one part."""
+    if section == "rediscovery":
+        counts = count([2, 2, 2], [True, True, False], 2, [(0, 1, 1, 0)])
+        return rows, {"mapping counts": counts, "rediscovered": found_again(args.quick, args.data)}
+    if section == "pruning":
+        return rows, {"pruning": pruning(2.0 if args.quick else 8.0)}
+    if section == "nine":
+        return rows, {"nine block operators": nine(args.quick, args.budget or (10.0 if args.quick else 600.0))}
+    rows, facts = [], {}
+    for name, (program, ops) in sheet_programs(args.quick).items():
+        row, facts[name] = side_by_side(name, program, ops, args.budget or (5.0 if args.quick else 60.0), args.quick)
+        rows += row
+        say(f"{name}: {facts[name]}")
+    return rows, {"Prism against Mirage": facts}
 
 
 def found_again(quick: bool, data: str | None) -> dict[str, Any]:
@@ -139,6 +166,7 @@ def side_by_side(
     name: str, program: Program, ops: int, budget: float, quick: bool
 ) -> tuple[list[Row], dict[str, dict[str, Any]]]:
     """Each search from program to best kernel, once; nothing that one compiles is there for another. Then the kernels against each other."""
+    library()  # the enumerator itself is built once, before the clock starts
     inputs = [torch.randn(s) * 0.1 for s in program.input_shapes]
     record: dict[str, dict[str, Any]] = {}
     winners: dict[str, Timed] = {}

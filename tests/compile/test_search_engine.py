@@ -23,6 +23,7 @@ from wager.graph.program import to_json
 
 RMS = published.rmsnorm_matmul(4, 16, 8)
 SMALL = {"grids": (1, 2), "loops": (1, 2)}
+EVERY = {**SMALL, "regions": False}
 
 
 def everything(program, ops, outputs, loop, fast, prune=True):
@@ -131,7 +132,7 @@ def listener(progress):
     looks.append(progress)
     if len(looks) == 40: os._exit(9)
 concrete.search(published.rmsnorm_matmul(4, 16, 8), Limits(max_block_ops=6, budget_s=300), Progress(listener=listener),
-                grids=(1, 2), loops=(1, 2), state=sys.argv[1])
+                grids=(1, 2), loops=(1, 2), regions=False, state=sys.argv[1])
 """
 
 
@@ -143,14 +144,14 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path, monkeypatch):
     with state.open("a") as file:
         file.write('[999, {"programs": [')  # a line that the kill tore
     limits, worked = Limits(max_block_ops=6, budget_s=300), []
-    whole = concrete.search(RMS, limits, **SMALL)
+    whole = concrete.search(RMS, limits, **EVERY)
     original = concrete.Explorer.__call__
     monkeypatch.setattr(concrete.Explorer, "__call__", lambda self, b: worked.append(1) or original(self, b))
-    resumed = concrete.search(RMS, limits, state=state, **SMALL)
+    resumed = concrete.search(RMS, limits, state=state, **EVERY)
     assert key(resumed) == key(whole) and resumed.progress.states == whole.progress.states
     assert kept > 0 and len(worked) == len(state.read_text().splitlines()) - 1 - kept
     worked.clear()
-    assert key(concrete.search(RMS, limits, state=state, **SMALL)) == key(whole) and not worked
+    assert key(concrete.search(RMS, limits, state=state, **EVERY)) == key(whole) and not worked
 
 
 def test_the_symbolic_search_resumes_too(tmp_path):

@@ -19,7 +19,7 @@ from wager.compile.prism import search as symbolic
 from wager.compile.prism.family import member_sizes
 from wager.compile.prism.mapping import count
 from wager.errors import UsageError
-from wager.graph import published
+from wager.graph import draw, published
 from wager.graph.egraph.rules import Bounds
 from wager.graph.interpret import random_inputs, run
 from wager.graph.operators import ShapeError
@@ -160,6 +160,13 @@ def test_abstract_equalities():
     assert algebra.sum(1, a) == a and algebra.divide(algebra.multiply(a, b), b) != a  # no cancellation
 
 
+def test_drawings_say_how_blocks_cut():
+    family = next(f for f in symbolic.search(RMS, Limits(max_block_ops=7)).families if {"x", "loop"} <= set(f.open(0)))
+    program = family.instantiate(RMS.input_shapes, [(2, 1, 1, 2)])
+    for text in (draw.svg(program), draw.dot(program)):
+        assert "argument 1 x" in text and "loop" in text and "kernel grid 2x1x1 loop 2" in text
+
+
 def test_sizes_that_do_not_divide_are_refused():
     family = next(f for f in symbolic.search(RMS, Limits(max_block_ops=7)).families if "x" in f.open(0))
     with pytest.raises(ShapeError):
@@ -204,6 +211,8 @@ def test_what_cannot_be_fused_is_explained():
     [
         ({"search": "magic"}, "magic"),
         ({"time_budget_s": -1}, "time_budget_s"),
+        ({"max_kernels": 3}, "max_kernels is 3"),
+        ({"max_kernels": 2, "search": "mirage"}, "2 with prism"),
         ({"inputs": [torch.ones(2, dtype=torch.int64)]}, "float32"),
     ],
 )
@@ -239,7 +248,8 @@ def test_command_line(tmp_path, capsys):
     assert stop.value.code == 0 and json.loads(out.read_text())["report"]["reason"]
     with pytest.raises(SystemExit) as stop:
         main(["compile", "verify", str(out), str(out)])
-    assert stop.value.code == 0 and "equal" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and "equal" in said and "second verifier: joined" in said
     with pytest.raises(UsageError, match="8x512"):
         parse_shapes("8xx")
 

@@ -150,7 +150,7 @@ def show(
         for i, node in enumerate(found.nodes):
             print(f"n{i} = {draw.label(node)} {list(node.inputs) or ''}")
             for k, inner in enumerate(node.block.nodes if node.block else ()):
-                print(f"    b{k} = {draw.label(inner)} {list(inner.inputs) or ''}")
+                print(f"    b{k} = {draw.label(inner)} {list(inner.inputs) or ''} {draw.detail(inner)}".rstrip())
         print("\n".join(f"{name}: {value}" for name, value in report.items()))
     if svg:
         svg.write_text(draw.svg(found))
