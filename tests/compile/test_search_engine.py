@@ -15,6 +15,7 @@ from wager.compile.mirage import enumerate as compiled
 from wager.compile.mirage import search as concrete
 from wager.compile.mirage.abstract import Algebra, Subexpressions, factors, of_program
 from wager.compile.mirage.generate import BlockSearch, Limits, Progress, menu
+from wager.compile.mirage.regions import grid_maps
 from wager.compile.prism import search as symbolic
 from wager.errors import BuildError, UsageError
 from wager.graph import published
@@ -22,6 +23,7 @@ from wager.graph.program import to_json
 
 RMS = published.rmsnorm_matmul(4, 16, 8)
 SMALL = {"grids": (1, 2), "loops": (1, 2)}
+EVERY = {**SMALL, "regions": False}
 
 
 def everything(program, ops, outputs, loop, fast, prune=True):
@@ -87,6 +89,30 @@ def key(found):
     return [to_json(p) for p in found.programs]
 
 
+def test_maps_that_no_block_can_use_are_skipped_and_nothing_is_lost():
+    sizes = ((1, 2), (1, 2), 1)
+    kept, every = list(concrete.plans(RMS, *sizes)), list(concrete.plans(RMS, *sizes, regions=False))
+    assert set(kept) < set(every) and len(set(kept)) == len(kept) and len(set(every)) == len(every)
+    found = [concrete.search(RMS, Limits(max_block_ops=6, budget_s=3600), regions=r, **SMALL) for r in (True, False)]
+    assert sorted(key(found[0])) == sorted(key(found[1])) != []
+
+
+@pytest.mark.parametrize(
+    "program, ops",
+    [(published.gated_mlp(4, 16, 8), 9), (published.lora(4, 16, 4, 8), 10), (published.attention(2, 8, 16, 4), 10),
+     (published.qk_norm_attention(2, 8, 16, 4), 11), (published.ntrans(4, 8), 10)],
+)  # fmt: skip
+def test_what_the_symbolic_search_proves_uses_only_allowed_maps(program, ops):
+    """The maps of proved families are found from ties between dimensions; those of the concrete search from what a block depends on."""
+    grids = 3 if len(program.output_shapes[0]) > 2 else 2
+    allowed = {frozenset(m) for m in grid_maps(program, grids)}
+    families = symbolic.search(program, Limits(max_block_ops=ops, budget_s=3600)).families
+    assert families
+    for family in families:
+        imaps = family.kernels[0].mapping.imaps
+        assert frozenset(tuple(m[p] for m in imaps) for p in range(grids)) in allowed, family.explain()
+
+
 def test_two_workers_find_what_one_finds():
     limits = Limits(max_block_ops=6, budget_s=300)
     alone, pair = (concrete.search(RMS, limits, workers=n, **SMALL) for n in (1, 2))
@@ -106,7 +132,7 @@ def listener(progress):
     looks.append(progress)
     if len(looks) == 40: os._exit(9)
 concrete.search(published.rmsnorm_matmul(4, 16, 8), Limits(max_block_ops=6, budget_s=300), Progress(listener=listener),
-                grids=(1, 2), loops=(1, 2), state=sys.argv[1])
+                grids=(1, 2), loops=(1, 2), regions=False, state=sys.argv[1])
 """
 
 
@@ -118,14 +144,14 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path, monkeypatch):
     with state.open("a") as file:
         file.write('[999, {"programs": [')  # a line that the kill tore
     limits, worked = Limits(max_block_ops=6, budget_s=300), []
-    whole = concrete.search(RMS, limits, **SMALL)
+    whole = concrete.search(RMS, limits, **EVERY)
     original = concrete.Explorer.__call__
     monkeypatch.setattr(concrete.Explorer, "__call__", lambda self, b: worked.append(1) or original(self, b))
-    resumed = concrete.search(RMS, limits, state=state, **SMALL)
+    resumed = concrete.search(RMS, limits, state=state, **EVERY)
     assert key(resumed) == key(whole) and resumed.progress.states == whole.progress.states
     assert kept > 0 and len(worked) == len(state.read_text().splitlines()) - 1 - kept
     worked.clear()
-    assert key(concrete.search(RMS, limits, state=state, **SMALL)) == key(whole) and not worked
+    assert key(concrete.search(RMS, limits, state=state, **EVERY)) == key(whole) and not worked
 
 
 def test_the_symbolic_search_resumes_too(tmp_path):

@@ -14,11 +14,13 @@ from wager.compile.cli import parse_shapes
 from wager.compile.mirage import search as concrete
 from wager.compile.mirage.abstract import Algebra, Subexpressions, factors, of_program
 from wager.compile.mirage.generate import Limits, Progress
+from wager.compile.mirage.lookup import Looked, pruner
 from wager.compile.prism import search as symbolic
 from wager.compile.prism.family import member_sizes
 from wager.compile.prism.mapping import count
 from wager.errors import UsageError
-from wager.graph import published
+from wager.graph import draw, published
+from wager.graph.egraph.rules import Bounds
 from wager.graph.interpret import random_inputs, run
 from wager.graph.operators import ShapeError
 from wager.graph.verify.finite_field import verify
@@ -110,6 +112,41 @@ def test_every_prefix_of_a_program_is_a_subexpression_and_foreign_terms_are_not(
         assert algebra.atom("exp", algebra.atom("exp", values[0])) not in targets
 
 
+@pytest.mark.parametrize("program, ops", [(RMS, 8), (GATED, 9), (LORA, 9), (ATTENTION, 9), (QK, 9)])
+def test_pruning_by_look_up_and_by_normal_form_keep_the_same_graphs(program, ops):
+    """Two decisions of one question: the e-graph never keeps what the normal form prunes, and both searches end with the same structures."""
+    found = []
+    for pruning in ("normal form", "e-graph"):
+        progress = Progress()
+        chains = list(symbolic.chains(program, Limits(max_block_ops=ops, pruning=pruning), progress))
+        found.append((set(chains), progress.states))
+    assert found[0][0] == found[1][0] and found[1][1] <= found[0][1]
+    algebra = Algebra()
+    values = of_program(algebra, program)
+    target = [values[program.outputs[0]]]
+    exact = pruner(algebra, program, target, Limits())
+    looked = pruner(algebra, program, target, Limits(pruning="e-graph"))
+    assert not looked.saturation.limit and all(v in looked for v in values)
+    assert all(e in exact for e in range(len(algebra.expressions)) if e in looked)
+
+
+def test_a_cut_off_saturation_is_said(caplog):
+    algebra = Algebra()
+    values = of_program(algebra, LORA)
+    Looked(algebra, [values[LORA.outputs[0]]], [16, 4], Bounds(nodes=20))
+    assert "20 nodes" in caplog.text
+    with pytest.raises(UsageError, match="magic"):
+        pruner(algebra, LORA, [values[-1]], Limits(pruning="magic"))
+
+
+def test_the_concrete_search_finds_the_same_with_the_e_graph():
+    small = {"grids": (1, 2), "loops": (1, 2)}
+    by = [
+        concrete.search(RMS, Limits(max_block_ops=6, pruning=p), **small).programs for p in ("normal form", "e-graph")
+    ]
+    assert by[0] == by[1] != []
+
+
 def test_abstract_equalities():
     algebra = Algebra()
     a, b, c = (algebra.atom(n) for n in "abc")
@@ -121,6 +158,13 @@ def test_abstract_equalities():
         2, algebra.sum(3, a)
     ) == algebra.sum(6, a)
     assert algebra.sum(1, a) == a and algebra.divide(algebra.multiply(a, b), b) != a  # no cancellation
+
+
+def test_drawings_say_how_blocks_cut():
+    family = next(f for f in symbolic.search(RMS, Limits(max_block_ops=7)).families if {"x", "loop"} <= set(f.open(0)))
+    program = family.instantiate(RMS.input_shapes, [(2, 1, 1, 2)])
+    for text in (draw.svg(program), draw.dot(program)):
+        assert "argument 1 x" in text and "loop" in text and "kernel grid 2x1x1 loop 2" in text
 
 
 def test_sizes_that_do_not_divide_are_refused():
@@ -167,6 +211,8 @@ def test_what_cannot_be_fused_is_explained():
     [
         ({"search": "magic"}, "magic"),
         ({"time_budget_s": -1}, "time_budget_s"),
+        ({"max_kernels": 3}, "max_kernels is 3"),
+        ({"max_kernels": 2, "search": "mirage"}, "2 with prism"),
         ({"inputs": [torch.ones(2, dtype=torch.int64)]}, "float32"),
     ],
 )
@@ -202,7 +248,8 @@ def test_command_line(tmp_path, capsys):
     assert stop.value.code == 0 and json.loads(out.read_text())["report"]["reason"]
     with pytest.raises(SystemExit) as stop:
         main(["compile", "verify", str(out), str(out)])
-    assert stop.value.code == 0 and "equal" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and "equal" in said and "second verifier: joined" in said
     with pytest.raises(UsageError, match="8x512"):
         parse_shapes("8xx")
 

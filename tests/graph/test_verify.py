@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -10,7 +12,7 @@ from tests.graph.mutants import mutants
 from wager.graph import published
 from wager.graph.domains import FiniteField, field_primes, is_prime
 from wager.graph.interpret import random_inputs, run
-from wager.graph.operators import ShapeError
+from wager.graph.operators import ACCUMULATORS, ShapeError
 from wager.graph.program import BlockBuilder, Builder, Program, from_json, to_json
 from wager.graph.verify.family import prove
 from wager.graph.verify.finite_field import trial_bound, verify
@@ -67,6 +69,27 @@ def test_every_single_edit_mutant_is_rejected(reference, fused, rng):
         assert not verify(reference, mutant, rng, max_trials=3), name
         assert prove(reference, mutant) != "", name
     assert seen >= 4
+
+
+@pytest.mark.parametrize("reference, fused", twins())
+def test_a_dropped_accumulator_is_malformed(reference, fused, rng):
+    """The path rule refuses the graph before any verifier runs, and `verify` says so."""
+    seen = 0
+    for at, kernel in enumerate(fused.nodes):
+        for i, node in enumerate(kernel.block.nodes if kernel.block else ()):
+            if node.op in ACCUMULATORS:
+                nodes = [
+                    replace(n, inputs=tuple(node.inputs[0] if j == i else j for j in n.inputs))
+                    for n in kernel.block.nodes
+                ]
+                block = replace(kernel.block, nodes=tuple(nodes))
+                edited = replace(
+                    fused, nodes=tuple(replace(n, block=block) if k == at else n for k, n in enumerate(fused.nodes))
+                )
+                verdict = verify(reference, edited, rng)
+                assert not verdict and "malformed" in verdict.reason
+                seen += 1
+    assert seen >= 2
 
 
 def test_all_published_graphs_verify_and_are_proved(compilers_data, rng):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,7 @@ def run(
     search: str = typer.Option("auto", help="auto, ollie, mirage or prism."),
     budget: float = typer.Option(60.0, help="Seconds to search."),
     max_block_ops: int = typer.Option(11, help="Largest block graph that Mirage and Prism build."),
+    max_kernels: int = typer.Option(1, help="2: also two kernels, the first of which splits a sum (Prism)."),
     workers: int = typer.Option(1, help="Processes that search (Mirage and Prism)."),
     state: Path | None = typer.Option(  # noqa: B008
         None, help="File that keeps what the search has done; a stopped search goes on from it."
@@ -75,10 +79,11 @@ def run(
     function = load_target(target)
     if isinstance(function, type):
         function = function()
-    done = optimise(
-        function, inputs, search=search, time_budget_s=budget, max_block_ops=max_block_ops, workers=workers, state=state,
-        cache=cache, progress=_say,
-    )  # fmt: skip
+    with telling() as say:
+        done = optimise(
+            function, inputs, search=search, time_budget_s=budget, max_block_ops=max_block_ops, max_kernels=max_kernels,
+            workers=workers, state=state, cache=cache, progress=say,
+        )  # fmt: skip
     print(done.report())
     if out:
         done.save(out)
@@ -86,8 +91,16 @@ def run(
         done.draw(draw)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+@contextmanager
+def telling() -> Iterator[Callable[[str], None]]:
+    """On a terminal one line that changes, elsewhere plain lines."""
+    if not sys.stderr.isatty():
+        yield lambda line: print(line, file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("searching") as status:
+        yield status.update
 
 
 @app.command()
@@ -100,6 +113,7 @@ def verify(
     import numpy as np
 
     from wager.compile.api import load
+    from wager.graph.verify import axioms
     from wager.graph.verify.family import prove
     from wager.graph.verify.finite_field import verify as check
 
@@ -112,6 +126,9 @@ def verify(
     )
     if verdict:
         print("proved for every tile size" if not proof else f"not proved symbolically: {proof}")
+        second = axioms.prove(a, b)
+        joined = ", ".join(f"{name} ({count})" for name, count in second.axioms.items()) or "nothing: they are the same"
+        print(f"second verifier: joined by {joined}" if second else f"second verifier: {second.reason}")
     if not verdict:
         raise typer.Exit(1)
 
@@ -133,7 +150,41 @@ def show(
         for i, node in enumerate(found.nodes):
             print(f"n{i} = {draw.label(node)} {list(node.inputs) or ''}")
             for k, inner in enumerate(node.block.nodes if node.block else ()):
-                print(f"    b{k} = {draw.label(inner)} {list(inner.inputs) or ''}")
+                print(f"    b{k} = {draw.label(inner)} {list(inner.inputs) or ''} {draw.detail(inner)}".rstrip())
         print("\n".join(f"{name}: {value}" for name, value in report.items()))
     if svg:
         svg.write_text(draw.svg(found))
+
+
+@app.command()
+def register(
+    operator: str = typer.Argument(help="An operator that the referee judges, like RMSNorm (wager kernels list)."),
+    shapes: list[str] = typer.Option(..., help="Shapes of the inputs, like 16x768; repeat for more cases."),  # noqa: B008
+    out: Path = typer.Option(..., help="Write the candidate file here."),  # noqa: B008
+    recipe: str = typer.Option("", help="The operator's constructor arguments, like width=768,eps=1e-6."),
+    search: str = typer.Option("prism", help="prism or mirage."),
+    budget: float = typer.Option(60.0, help="Seconds to search, for each case."),
+    max_block_ops: int = typer.Option(11, help="Largest block graph that is built."),
+) -> None:
+    """Write what a search finds for an operator as a kernel that the referee can judge and the engine can run."""
+    from wager.compile.register import register as write
+
+    cases = [parse_shapes(s) for s in shapes]
+    with telling() as say:
+        done = write(
+            operator, cases, out, parse_recipe(recipe), search=search, time_budget_s=budget, max_block_ops=max_block_ops,
+            progress=say,
+        )  # fmt: skip
+    print(done)
+
+
+def parse_recipe(text: str) -> dict[str, Any]:
+    """ "width=768,eps=1e-6" -> {"width": 768, "eps": 1e-06}. Raises UsageError."""
+    found: dict[str, Any] = {}
+    for part in text.split(",") if text else ():
+        name, _, value = part.partition("=")
+        try:
+            found[name.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            raise UsageError(f"recipe {text!r}: write it like width=768,eps=1e-6") from None
+    return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from wager.graph.execute import Executable
 from wager.graph.operators import BINARY, UNARY
 from wager.graph.program import Program
 from wager.graph.trace import Traced
+from wager.graph.verify import axioms
 from wager.graph.verify.family import prove
 from wager.graph.verify.finite_field import verify
 
+SECOND_OPINION = replace(axioms.BOUNDS, seconds=5.0)
 FUSABLE = UNARY | BINARY | {"matmul", "sum", "rms_norm", "input", "const"}
 
 
@@ -94,10 +97,26 @@ def _remembered(place: Path, traced: Traced, report: Report) -> tuple[Any, Progr
     return runner, program
 
 
+TELL_EVERY_S = 1.0
+
+
+class Told:
+    """Tells how far a search is, not more often than a person reads."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.last = say, 0.0
+
+    def __call__(self, p: Progress) -> None:
+        now = time.perf_counter()
+        if now - self.last >= TELL_EVERY_S:
+            self.last = now
+            self.say(f"{p.states} states, {p.pruned} pruned, {p.mappings} mappings, {p.verified} verified")
+
+
 def _candidates(
     program: Program, settings: Settings, report: Report, say: Callable[[str], None] | None
 ) -> tuple[list[Program], Progress]:
-    listener = (lambda p: say(f"{p.states} states, {p.pruned} pruned, {p.verified} verified")) if say else None
+    listener = Told(say) if say else None
     counters, threads = Progress(listener=listener), torch.get_num_threads()
     if settings.search == "prism":
         found = prism_search.search(program, settings.limits, counters, workers=settings.workers, state=settings.state)
@@ -116,16 +135,23 @@ def _candidates(
 
 def certificate(reference: Program, candidate: Program) -> tuple[bool, str]:
     """Whether the candidate may be used, and what is known about the equivalence in one sentence."""
-    proof = prove(reference, candidate)
+    why_not = prove(reference, candidate)
+    proof = _proof_text(why_not, reference, candidate)
+    proved = proof.startswith("proved")
     try:
         verdict = verify(reference, candidate, np.random.default_rng(), max_trials=100)
     except NotInDomain as error:
-        text = f"no finite-field check ({error})"
-        return not proof, f"{_proof_text(proof)}; {text}" + ("; the original is kept" if proof else "")
+        return proved, f"{proof}; no finite-field check ({error})" + ("" if proved else "; the original is kept")
     if not verdict:
         return False, f"refused by the finite-field check ({verdict.reason}); the original is kept"
-    return True, f"{_proof_text(proof)}; {verdict.trials} finite-field trials, error bound {verdict.error_bound:.1e}"
+    return True, f"{proof}; {verdict.trials} finite-field trials, error bound {verdict.error_bound:.1e}"
 
 
-def _proof_text(why_not: str) -> str:
-    return f"not proved symbolically ({why_not})" if why_not else "proved for every tile size"
+def _proof_text(why_not: str, reference: Program, candidate: Program) -> str:
+    """What the first verifier says; the second is asked where it is silent."""
+    if not why_not:
+        return "proved for every tile size"
+    second = axioms.prove(reference, candidate, SECOND_OPINION)
+    if second:
+        return f"proved at these sizes by {len(second.axioms)} axioms"
+    return f"not proved symbolically ({why_not}; {second.reason})"

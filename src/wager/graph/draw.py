@@ -17,6 +17,17 @@ def label(node: Node) -> str:
     return f"{name} {list(node.shape)}" if node.shape else str(name)
 
 
+def detail(node: Node) -> str:
+    """How a block cuts what it reads, or joins what it writes: "x>0, loop>2" for data dimensions 0 and 2; empty elsewhere."""
+    maps = node.get("imap") or node.get("omap")
+    if maps is None:
+        return ""
+    names = zip((*"xyz", "loop"), (*maps, node.get("fmap", -1)), strict=True)
+    cuts = ", ".join(f"{name}>{dim}" for name, dim in names if dim >= 0)
+    source = f"argument {node['arg']} " if node.op == "input" else ""
+    return source + (cuts or "whole")
+
+
 def dot(program: Program) -> str:
     """Graphviz text; block graphs are clusters."""
     lines = ["digraph program {", "  node [shape=box, fontname=Helvetica];"]
@@ -26,7 +37,8 @@ def dot(program: Program) -> str:
         if node.block:
             lines.append(f'  subgraph cluster_{i} {{ label="block of n{i}";')
             for k, inner in enumerate(node.block.nodes):
-                lines.append(f'    n{i}_{k} [label="{label(inner)}"];')
+                extra = detail(inner)
+                lines.append(f'    n{i}_{k} [label="{label(inner)}{chr(92) + "n" + extra if extra else ""}"];')
                 lines += [f"    n{i}_{j} -> n{i}_{k};" for j in inner.inputs]
             lines.append("  }")
     return "\n".join([*lines, "}"])
@@ -65,6 +77,9 @@ def _panel(title: str, nodes: tuple[Node, ...], x0: int) -> tuple[str, int, int]
         out.append(
             f'<rect x="{x}" y="{y}" width="{BOX_W}" height="{BOX_H}" rx="4" fill="{COLOURS.get(node.op, "#f6f6f6")}" stroke="#555"/>'
         )
-        out.append(f'<text x="{x + 6}" y="{y + 21}">{escape(label(node)[:28])}</text>')
+        extra = detail(node)
+        out.append(f'<text x="{x + 6}" y="{y + (15 if extra else 21)}">{escape(label(node)[:28])}</text>')
+        if extra:
+            out.append(f'<text x="{x + 6}" y="{y + 28}" fill="#666">{escape(extra[:30])}</text>')
     width = max(len(r) for r in rows.values()) * (BOX_W + GAP_X)
     return "\n".join(out), width, 40 + len(rows) * (BOX_H + GAP_Y)

@@ -20,6 +20,7 @@ from typing import Any
 
 from wager.errors import UsageError
 from wager.graph.operators import ACCUMULATORS, COMMUTATIVE, Shape, ShapeError, infer
+from wager.graph.symbolic import Symbol, parse, symbols_of
 
 Attrs = tuple[tuple[str, Any], ...]
 
@@ -276,10 +277,12 @@ def check_block(block: BlockGraph, arguments: Sequence[Shape]) -> None:
 
 
 def to_json(program: Program) -> str:
-    """One JSON text; `from_json` reads it back."""
-    return json.dumps(
-        {"format": "wager-program-1", "nodes": [_plain(n) for n in program.nodes], "outputs": list(program.outputs)}
-    )
+    """One JSON text; `from_json` reads it back. Symbolic sizes are written as text beside their symbols' constraints."""
+    plain: dict[str, Any] = {"format": "wager-program-1", "nodes": [_plain(n) for n in program.nodes]}
+    plain["outputs"] = list(program.outputs)
+    if symbols := symbols_of(program):
+        plain["symbols"] = [[s.name, s.low, s.high, s.multiple] for s in symbols.values()]
+    return json.dumps(plain, default=lambda size: {"size": str(size)})
 
 
 def _plain(node: Node) -> dict[str, Any]:
@@ -306,11 +309,25 @@ def from_json(text: str) -> Program:
         data = json.loads(text)
         if data["format"] != "wager-program-1":
             raise KeyError(data["format"])
-        program = Program(tuple(_node(n) for n in data["nodes"]), tuple(data["outputs"]))
+        symbols = {row[0]: Symbol(*row) for row in data.get("symbols", ())}
+        nodes = _sizes(data["nodes"], symbols) if symbols else data["nodes"]
+        program = Program(tuple(_node(n) for n in nodes), tuple(data["outputs"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"not a saved program: {error}; save one with to_json") from None
     check(program)
     return program
+
+
+def _sizes(plain: Any, symbols: Mapping[str, Symbol]) -> Any:
+    if isinstance(plain, list):
+        return [_sizes(v, symbols) for v in plain]
+    if isinstance(plain, dict):
+        return (
+            parse(plain["size"], symbols)
+            if set(plain) == {"size"}
+            else {k: _sizes(v, symbols) for k, v in plain.items()}
+        )
+    return plain
 
 
 def _node(plain: Mapping[str, Any]) -> Node:

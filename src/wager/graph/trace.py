@@ -1,12 +1,14 @@
 """Imports a torch module or function through torch.export (core ATen).
 
 Parameters, buffers and tensor constants become inputs of the program whose values are kept beside it; dropout and other training-only
-operators must be off (the module is exported in eval mode). Shapes are static: a dynamic dimension is refused by name.
+operators must be off (the module is exported in eval mode). Shapes are static unless `dynamic` names dimensions: those become symbols, and
+the program must be instantiated before it runs (graph.symbolic). A dimension that is dynamic in any other way is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from wager.errors import UsageError
+from wager.graph.dynamic import dimensions, factors
 from wager.graph.program import Builder, Program
+from wager.graph.symbolic import Symbol
 
 
 @dataclass
@@ -37,14 +41,26 @@ class _Function(nn.Module):
         return self.function(*args)
 
 
-def trace(function: Callable[..., Any] | nn.Module, example_inputs: Sequence[Tensor]) -> Traced:
-    """Raises UsageError for an operator that has no form here (named with its source line), a dynamic shape, or an output that is no tensor."""
+def trace(
+    function: Callable[..., Any] | nn.Module,
+    example_inputs: Sequence[Tensor],
+    dynamic: Sequence[Mapping[int, Symbol]] | None = None,
+) -> Traced:
+    """Raises UsageError for an operator that has no form here (named with its source line), a dynamic shape, or an output that is no tensor.
+
+    `dynamic`: for every input, which of its dimensions are which symbols: [{0: Symbol("tokens", high=4096)}, {}].
+    """
     module = function if isinstance(function, nn.Module) else _Function(function)
     was_training = module.training
     module.eval()
     try:
         with torch.no_grad():
-            exported = torch.export.export(module, tuple(example_inputs), strict=False)
+            exported = torch.export.export(
+                module,
+                tuple(example_inputs),
+                strict=False,
+                dynamic_shapes=dimensions(function, example_inputs, dynamic),
+            )
             table = torch.export.default_decompositions()
             for kept in ("silu", "gelu", "_prelu_kernel", "leaky_relu", "_softmax"):
                 table.pop(getattr(torch.ops.aten, kept).default, None)
@@ -52,13 +68,12 @@ def trace(function: Callable[..., Any] | nn.Module, example_inputs: Sequence[Ten
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(
-            f"torch.export refuses the function: {_first_line(error)}; make it traceable with static shapes"
-        ) from None
+        remedy = "leave the dimension out of `dynamic`" if dynamic else "make it traceable with static shapes"
+        raise UsageError(f"torch.export refuses the function: {_first_line(error)}; {remedy}") from None
     finally:
         module.train(was_training)
     try:
-        return _Importer(exported).run()
+        return _Importer(exported, dynamic).run()
     except UsageError as error:
         code = getattr(function, "__code__", None)
         if code is None or " (at " in str(error):
@@ -71,8 +86,11 @@ def _first_line(error: Exception) -> str:
 
 
 class _Importer:
-    def __init__(self, exported: Any):
+    def __init__(self, exported: Any, dynamic: Sequence[Mapping[int, Symbol]] | None = None):
         self.exported, self.build = exported, Builder()
+        self.dynamic = list(dynamic or ())
+        self.symbols: dict[str, Symbol] = {}
+        """torch.export's names of symbols."""
         self.values: dict[str, Any] = {}
         self.constants: dict[str, Tensor] = {}
         self.user_inputs: list[str] = []
@@ -94,7 +112,7 @@ class _Importer:
         example = node.meta.get("val")
         if not isinstance(example, Tensor):
             raise UsageError(f"input {node.name!r} is not a tensor; bind it with functools.partial")
-        shape = self._static(node)
+        shape = self._shape(node)
         if node.name in stored:
             name = stored[node.name]
             value = (
@@ -107,14 +125,29 @@ class _Importer:
             self.user_inputs.append(node.name)
         self.values[node.name] = self.build.input(shape, node.name)
 
-    def _static(self, node: Any) -> tuple[int, ...]:
-        shape = tuple(node.meta["val"].shape)
+    def _shape(self, node: Any) -> tuple[Any, ...]:
+        """The shape of a placeholder; dimensions that the caller named become symbols, others must be static."""
+        shape = list(node.meta["val"].shape)
+        at = len(self.user_inputs)
+        named = self.dynamic[at] if at < len(self.dynamic) else {}
         for d, size in enumerate(shape):
             if not isinstance(size, int):
-                raise UsageError(f"dimension {d} of {node.name!r} is dynamic ({size}); export with static shapes")
-        return shape
+                if d in named:
+                    self.symbols[str(size)] = named[d]
+                shape[d] = self.size(size, f"dimension {d} of {node.name!r}")
+        return tuple(shape)
+
+    def size(self, size: Any, what: str) -> Any:
+        """A SymInt as a size. Raises UsageError when it is no product of named symbols."""
+        coefficient, *names = factors(size.node.expr)
+        unknown = [n for n in names if n not in self.symbols]
+        if coefficient is None or unknown:
+            raise UsageError(f"{what} is dynamic ({size}); name it in `dynamic`, or export with static shapes")
+        return math.prod((self.symbols[n].size for n in names), start=coefficient)
 
     def _call(self, node: Any) -> Any:
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            return None  # arithmetic on sizes: whoever reads it takes the size itself
         name = str(node.target).removeprefix("aten.")
         overload = name.split(".")[0]
         rule = RULES.get(name) or RULES.get(overload)
@@ -122,9 +155,18 @@ class _Importer:
             where = _source_line(node)
             raise UsageError(f"operator aten.{name} has no form in the graph{where}; known: {', '.join(sorted(RULES))}")
         try:
-            return rule(self, *node.args, **node.kwargs)
+            return rule(self, *self._sized(node.args), **self._sized(node.kwargs))
         except UsageError as error:
             raise UsageError(f"{error}{_source_line(node)}") from None
+
+    def _sized(self, value: Any) -> Any:
+        """Arguments with sizes in the place of the nodes that compute them."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._sized(v) for v in value)
+        if isinstance(value, dict):
+            return {k: self._sized(v) for k, v in value.items()}
+        val = value.meta.get("val") if isinstance(value, torch.fx.Node) else value
+        return self.size(val, "a size") if isinstance(val, torch.SymInt) else value
 
     def value(self, x: Any) -> int:
         """The position of an argument; a number becomes a constant."""

@@ -37,13 +37,17 @@ class Operator:
 
 @dataclass(frozen=True)
 class Limits:
-    """`max_block_ops` counts input iterators, operators and output savers of one block graph."""
+    """`max_block_ops` counts input iterators, operators and output savers of one block graph.
+
+    `prune` keeps a prefix only where it can become the target; `pruning` says how that is decided: "normal form" or "e-graph".
+    """
 
     max_block_ops: int = 9
     max_outputs: int = 2
     max_kernels: int = 1
     budget_s: float = 60.0
     prune: bool = True
+    pruning: str = "normal form"
     max_states: int = 1_000_000_000
 
 

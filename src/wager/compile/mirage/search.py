@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from wager.compile.mirage.abstract import Algebra, Subexpressions, factors, of_program
+from wager.compile.mirage.abstract import Algebra, of_program
 from wager.compile.mirage.enumerate import Enumerator
 from wager.compile.mirage.generate import Limits, Progress, Structure, menu
+from wager.compile.mirage.lookup import pruner
+from wager.compile.mirage.regions import grid_maps
 from wager.compile.prism.family import ARENA_LIMIT, GRID_SIZES, LOOP_SIZES
 from wager.compile.prism.mapping import choices
 from wager.compile.units import Journal, fingerprint, run
@@ -51,6 +53,7 @@ def search(
     grids: Sequence[int] = GRID_SIZES,
     loops: Sequence[int] = LOOP_SIZES,
     least_blocks: int = 1,
+    regions: bool = True,
     trials: int = 2,
     seed: int = 0,
     workers: int = 1,
@@ -58,14 +61,15 @@ def search(
 ) -> Found:
     """Verified single-kernel programs for the sizes in `grids` and `loops`, until the budget ends.
 
+    `regions` skips maps with which no block could compute its part (without it the search is the published one).
     `state`: a file that keeps what is finished; a search that was stopped goes on from it. The result does not depend on `workers`.
     """
     progress = progress or Progress()
     found = Found([], progress, {"enumeration": 0.0, "verification": 0.0})
     start = time.perf_counter()
-    settings = [vars(limits) | {"budget_s": 0}, list(grids), list(loops), least_blocks, trials, seed]
+    settings = [vars(limits) | {"budget_s": 0}, list(grids), list(loops), least_blocks, regions, trials, seed]
     journal = Journal(state, fingerprint("mirage", to_json(program), settings))
-    units = batched(plans(program, grids, loops, least_blocks), UNIT_PLANS)
+    units = batched(plans(program, grids, loops, least_blocks, regions), UNIT_PLANS)
     work = Explorer(to_json(program), limits, trials, seed, time.time() + limits.budget_s)
     before = dict(vars(progress))
     totals = {name: 0 for name in ("states", "pruned", "structures", "mappings", "verified")}
@@ -104,7 +108,7 @@ class Explorer:
         values = of_program(algebra, self.program)
         self.target, self.shape = values[self.program.outputs[0]], self.program.output_shapes[0]
         self.inputs = [values[i] for i in self.program.input_positions]
-        targets = Subexpressions(algebra, [self.target], factors(self.program))
+        targets = pruner(algebra, self.program, [self.target], limits, tiled=True)
         self.enumerator = Enumerator(algebra, targets, menu(self.program), limits)
 
     def __call__(self, batch: Sequence[Plan]) -> dict[str, Any] | None:
@@ -145,30 +149,38 @@ class Explorer:
                 result["verification_s"] += time.perf_counter() - tick
 
 
-def plans(program: Program, grid_sizes: Sequence[int], loop_sizes: Sequence[int], least_blocks: int) -> Iterator[Plan]:
-    """Every (grid, loop range, input maps, loop maps) whose cuts are exact; a parallel dimension that cuts nothing has size 1."""
-    count = 3 if len(program.output_shapes[0]) > 2 else 2
-    shapes = program.input_shapes
-    options = [list(choices(len(s), count, True)) for s in shapes]
-    for chosen in product(*options):
-        used = [any(c[p] >= 0 for c in chosen) for p in range(count + 1)]
-        # grid dimensions are interchangeable: columns of the choice in falling order only
-        columns = [tuple(c[p] for c in chosen) for p in range(count)]
-        if any(a < b for a, b in zip(columns, columns[1:], strict=False)):
-            continue
-        for sizes in product(*([g for g in grid_sizes if g > 1] if u else (1,) for u in used[:count])):
+def plans(
+    program: Program, grid_sizes: Sequence[int], loop_sizes: Sequence[int], least_blocks: int, regions: bool = True
+) -> Iterator[Plan]:
+    """Every (grid, loop range, input maps, loop maps) whose cuts are exact; a parallel dimension that cuts nothing has size 1.
+
+    `regions`: only grid maps that give every block what its part of the output depends on. Grid dimensions are interchangeable: one order.
+    """
+    count, shapes = (3 if len(program.output_shapes[0]) > 2 else 2), program.input_shapes
+    loops = list(product(*(range(-1, len(s)) for s in shapes)))
+    for columns in grid_maps(program, count) if regions else _any_maps(shapes, count):
+        used = [any(d >= 0 for d in column) for column in columns]
+        imaps = tuple((*(c[i] for c in columns), *(-1 for _ in range(3 - count))) for i in range(len(shapes)))
+        for sizes in product(*([g for g in grid_sizes if g > 1] if u else (1,) for u in used)):
             grid = (*sizes, *(1 for _ in range(3 - count)))
             if not least_blocks <= math.prod(grid) <= 4096:
                 continue
-            for loop in [n for n in loop_sizes if n > 1] if used[count] else (1,):
-                imaps = tuple((*c[:count], *(-1 for _ in range(3 - count))) for c in chosen)
-                fmaps = tuple(c[count] for c in chosen)
-                try:
-                    for s, m, f in zip(shapes, imaps, fmaps, strict=True):
-                        cut(s, (*m, f), (*grid, loop))
-                except ShapeError:
-                    continue
-                yield grid, loop, imaps, fmaps  # type: ignore[misc]
+            try:
+                tiles = [cut(s, m, grid) for s, m in zip(shapes, imaps, strict=True)]
+            except ShapeError:
+                continue
+            for fmaps in loops:
+                for loop in [n for n in loop_sizes if n > 1] if any(f >= 0 for f in fmaps) else (1,):
+                    if all(f < 0 or not t[f] % loop for t, f in zip(tiles, fmaps, strict=True)):
+                        yield grid, loop, imaps, fmaps  # type: ignore[misc]
+
+
+def _any_maps(shapes: Sequence[Shape], count: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """Every well-formed choice of columns, in falling order."""
+    for chosen in product(*(list(choices(len(s), count, False)) for s in shapes)):
+        columns = tuple(tuple(c[p] for c in chosen) for p in range(count))
+        if all(a >= b for a, b in zip(columns, columns[1:], strict=False)):
+            yield columns
 
 
 def close(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,13 @@ class Timed:
     run: Callable[..., list[Tensor]]
 
 
+def _runner(program: Program, constants: Mapping[str, Tensor]) -> Executable | None:
+    try:
+        return Executable(program, constants)
+    except WagerError:
+        return None
+
+
 def race(
     programs: Sequence[Program],
     constants: Mapping[str, Tensor],
@@ -65,13 +73,9 @@ def race(
     """The best `samples` by bound, compiled and timed; fastest first. Programs that do not compile are skipped."""
     threads = torch.get_num_threads()
     ranked = sorted(programs, key=lambda p: bound_s(p, threads))[:samples]
-    alive: list[Timed] = []
-    for program in ranked:
-        try:
-            runner = Executable(program, constants)
-        except WagerError:
-            continue
-        alive.append(Timed(program, math.inf, runner))
+    with ThreadPoolExecutor(max_workers=threads) as pool:  # the system compiler works outside this process
+        runners = list(pool.map(lambda p: _runner(p, constants), ranked))
+    alive = [Timed(p, math.inf, r) for p, r in zip(ranked, runners, strict=True) if r is not None]
     rounds = 3
     while alive:
         for candidate in alive:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wager.compile.mirage.abstract import Algebra, Subexpressions, factors, of_program
+from wager.compile.mirage.abstract import Algebra, entries, of_program
 from wager.compile.mirage.enumerate import Enumerator
 from wager.compile.mirage.generate import Limits, Progress, Structure, menu
+from wager.compile.mirage.lookup import pruner
 from wager.compile.prism.family import Family, Kernel, block_of, member_sizes, verify_family
 from wager.compile.prism.mapping import Mapping, mappings
 from wager.compile.units import Journal, fingerprint, run
@@ -105,7 +106,7 @@ def chains(program: Program, limits: Limits, progress: Progress) -> Iterator[tup
     values = of_program(algebra, program)
     target, shape = values[program.outputs[0]], program.output_shapes[0]
     inputs = [values[i] for i in program.input_positions]
-    targets = Subexpressions(algebra, [target], factors(program))
+    targets = pruner(algebra, program, [target], limits)
 
     def finished(expressions: list[int], shapes: list[Shape]) -> bool:
         return expressions == [target] and shapes == [shape]
@@ -127,8 +128,6 @@ def chains(program: Program, limits: Limits, progress: Progress) -> Iterator[tup
 
 
 def _saved_expressions(algebra: Algebra, structure: Structure, inputs: Sequence[int]) -> list[int]:
-    from wager.compile.mirage.abstract import entries
-
     values: list[int] = []
     for i, node in enumerate(structure.nodes):
         if node.op == "input":

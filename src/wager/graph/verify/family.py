@@ -17,7 +17,7 @@ from typing import Any
 
 from wager.graph.operators import BINARY, UNARY
 from wager.graph.program import BlockGraph, Node, Program
-from wager.graph.verify.normal_form import Atom, Digit, Expr, Term, Unproved, canonical, merge, substitute
+from wager.graph.verify.normal_form import Atom, Digit, Expr, Term, Unproved, canonical, merge, signature, substitute
 
 MAX_TERMS = 24
 
@@ -379,6 +379,6 @@ def _same(reference: Value, candidate: Value, context: _Context) -> str:
     left = merge(substitute(reference.expr, by), context)
     right = merge(candidate.expr, context)
     free = {d: f"o{n}" for n, d in enumerate(d for dim in candidate.dims for d in dim)}
-    if canonical(left, free) != canonical(right, free):
+    if signature(left, free) != signature(right, free) or canonical(left, free) != canonical(right, free):
         return "the index normal forms differ"
     return ""

@@ -143,6 +143,23 @@ def _fuse(t: Term, pair: tuple[Digit, Digit], new: Digit) -> Term:
     return term(t)
 
 
+def signature(expr: Expr, names: Mapping[Digit, str]) -> str:
+    """A text that is equal where `canonical` is, found without trying orders of bound digits: it tells most different forms apart."""
+    return "+".join(sorted(_term_signature(t, names) for t in expr.terms))
+
+
+def _term_signature(t: Term, names: Mapping[Digit, str]) -> str:
+    atoms = sorted(
+        f"{a.name}({signature(a.argument, names)})"
+        if a.argument is not None
+        else a.name + ",".join(".".join(names.get(d, "?") for d in dim) for dim in a.index)
+        for a in t.atoms
+    )
+    return f"{t.coefficient}[{len(t.bound)},{len(t.counts)}]{'*'.join(atoms)}" + (
+        f"/({signature(t.divisor, names)})" if t.divisor else ""
+    )
+
+
 def canonical(expr: Expr, names: Mapping[Digit, str]) -> str:
     """A text that is equal for expressions which differ in the names of bound digits and the order of terms and factors."""
     return "+".join(sorted(_canonical_term(t, names) for t in expr.terms))

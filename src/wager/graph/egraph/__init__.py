@@ -1,0 +1,1 @@
+"""Equality graphs: many equal terms at once, rules as tables, congruence closure."""
