@@ -38,7 +38,7 @@ def main() -> None:
     drafter = core.speculator.drafters["sequoia"]
     p = drafter.choice.counters[True].p.tolist()
     profile = measure_profile(
-        core.runner, drafter.draft.runner, sizes=SIZES, batches=(1,), context_tokens=128, repeats=3 if args.quick else 9,
+        core.runner, drafter.draft, sizes=SIZES, batches=(1,), context_tokens=128, repeats=3 if args.quick else 9,
         overhead_ms=drafter.choice.profile.overhead,
     )  # fmt: skip
     trees, by_price = sweep(p, profile, args.max_size)

@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from wager.errors import UsageError
 from wager.serve.runner import Growth, ModelRunner, SpanInput
+from wager.serve.speculate.draft_engine import DraftModel
 from wager.serve.token_tree import TokenTree
 
 QUICK_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -82,10 +84,10 @@ def measure_passes(
     batches: Sequence[int],
     context_tokens: int,
     repeats: int = 5,
-    growing: bool = False,
+    draft: DraftModel | None = None,
 ) -> tuple[tuple[float, ...], ...]:
     """Milliseconds of passes over `sizes` tokens for each of `batches` requests: the fastest of `repeats` interleaved rounds, since slower
-    ones measure what else the machine was doing. growing: as a draft grows a tree.
+    ones measure what else the machine was doing. draft: whose runner it is, to measure passes as it grows a tree.
 
     Runs on sequences of its own, which are freed afterwards; the prefix cache is not touched.
     """
@@ -103,10 +105,10 @@ def measure_passes(
         samples: dict[tuple[int, int], list[float]] = {(b, n): [] for b in batches for n in sizes}
         for round_ in range(repeats + 1):
             for (b, n), taken in samples.items():
-                inputs = [_span(name, n, context_tokens, growing, rng, vocab) for name in names[:b]]
+                inputs = [_span(name, n, context_tokens, draft is not None, rng, vocab) for name in names[:b]]
                 begun = time.perf_counter()
-                batch = runner.build(inputs)
-                logits = runner.logits(runner.forward(batch), batch.logit_rows_L)
+                logits = draft.logits(inputs) if draft is not None else _pass(runner, inputs)
+                assert logits is not None
                 float(logits[-1, -1])  # waits for the device
                 if round_:
                     taken.append(1e3 * (time.perf_counter() - begun))
@@ -114,6 +116,11 @@ def measure_passes(
     finally:
         for name in names:
             runner.blocks.free(name)
+
+
+def _pass(runner: ModelRunner, inputs: Sequence[SpanInput]) -> Tensor:
+    batch = runner.build(inputs)
+    return runner.logits(runner.forward(batch), batch.logit_rows_L)
 
 
 def _span(name: str, n: int, context: int, growing: bool, rng: np.random.Generator, vocab: int) -> SpanInput:
@@ -127,7 +134,7 @@ def _span(name: str, n: int, context: int, growing: bool, rng: np.random.Generat
 
 def measure_profile(
     target: ModelRunner,
-    draft: ModelRunner | None,
+    draft: DraftModel | None,
     *,
     sizes: Sequence[int] = QUICK_SIZES,
     batches: Sequence[int] = (1,),
@@ -137,5 +144,7 @@ def measure_profile(
 ) -> HardwareProfile:
     """Measure both models on this machine as it is now."""
     of_target = measure_passes(target, sizes, batches, context_tokens, repeats)
-    of_draft = measure_passes(draft, sizes, batches, context_tokens, repeats, growing=True) if draft else of_target
+    of_draft = of_target
+    if draft is not None:
+        of_draft = measure_passes(draft.runner, sizes, batches, context_tokens, repeats, draft)
     return HardwareProfile(tuple(sizes), tuple(batches), of_target, of_draft, overhead_ms, context_tokens)

@@ -89,7 +89,7 @@ class DrafterFactory:
         per_sequence = context + max(sizes) + 1 + self.target.blocks.block_size
         batches = [b for b in (1, 4, 16) if b * per_sequence <= room] or [1]
         return measure_profile(
-            self.target, draft.runner, sizes=sizes, batches=batches, context_tokens=context, repeats=3,
+            self.target, draft, sizes=sizes, batches=batches, context_tokens=context, repeats=3,
             overhead_ms=SAMPLING_MS,
         )  # fmt: skip
 

@@ -23,7 +23,7 @@ from wager.serve.request import Request
 from wager.serve.sampling.sampler import Row, Sampler
 from wager.serve.speculate.acceptance import AcceptanceCounter
 from wager.serve.speculate.draft_engine import DraftModel, NewNodes
-from wager.serve.speculate.drafter import noise
+from wager.serve.speculate.drafter import noise, softmax, top_tokens
 from wager.serve.speculate.gate import Average
 from wager.serve.speculate.hardware_profile import HardwareProfile
 from wager.serve.speculate.ratio import draw_without_replacement, without_replacement
@@ -165,23 +165,16 @@ class SequoiaDrafter:
         """Fill the children of (request, node) pairs from their logits rows."""
         if any(self.sampler.shapes(g.request) for g, _ in parents):
             logits_LW = self.sampler.shaped(logits_LW, [Row(g.request, g.path(node)) for g, node in parents])
-        greedy = [i for i, (g, _) in enumerate(parents) if g.request.params.greedy]
-        if greedy:
-            rows = logits_LW if len(greedy) == len(parents) else logits_LW[greedy]
-            width = max(len(parents[i][0].map.children[parents[i][1] + 1]) for i in greedy)
-            top = rows.topk(min(width, rows.shape[1]), dim=-1).indices.tolist()
-            for i, tokens in zip(greedy, top, strict=True):
-                parents[i][0].fill(parents[i][1], tokens, None)
-        hot = [i for i, (g, _) in enumerate(parents) if not g.request.params.greedy]
-        if hot:
-            rows = logits_LW if len(hot) == len(parents) else logits_LW[hot]
-            temperature = torch.tensor([parents[i][0].request.params.temperature for i in hot], device=rows.device)
-            probs_LW = torch.softmax(rows.double() / temperature[:, None], -1).cpu().numpy()
-            for i, probs_W in zip(hot, probs_LW, strict=True):
-                g, node = parents[i]
-                children = g.map.children[node + 1]
-                tokens = draw_without_replacement(probs_W, len(children), g.numbers(children))
-                g.fill(node, tokens, probs_W)
+        rows_LW = logits_LW.cpu().numpy()
+        width = max((len(g.map.children[n + 1]) for g, n in parents if g.request.params.greedy), default=0)
+        best = top_tokens(rows_LW, width) if width else None
+        for i, (g, node) in enumerate(parents):
+            if best is not None and g.request.params.greedy:
+                g.fill(node, best[i], None)
+                continue
+            children = g.map.children[node + 1]
+            probs_W = softmax(rows_LW[i], g.request.params.temperature)
+            g.fill(node, draw_without_replacement(probs_W, len(children), g.numbers(children)), probs_W)
 
     def committed(self, request: Request, path: Sequence[int]) -> None:
         g = self._proposed.pop(request.id)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from wager.serve.outputs import TokenLogprobs
 from wager.serve.request import Request
+from wager.serve.sampling.filters import most_likely
 from wager.serve.sampling.sampler import Row, Sampler
 from wager.serve.token_tree import TokenTree
 
@@ -114,6 +115,8 @@ class _Walk:
 
 def verify(items: Sequence[Verifying], logits_LW: Tensor, sampler: Sampler) -> list[Verdict]:
     """Walk every request's tree. Tokens beyond one that ends the request may be among the verdict's; the caller cuts them."""
+    if all(_plainly_greedy(item, sampler) for item in items):
+        return _greedy(items, logits_LW)
     walks = [_Walk(item, [[]] if item.tree is None else item.tree.children(), Verdict()) for item in items]
     active = list(walks)
     while active:
@@ -130,6 +133,23 @@ def verify(items: Sequence[Verifying], logits_LW: Tensor, sampler: Sampler) -> l
             _by_ratio([active[i] for i in by_ratio], logits[by_ratio], sampler)
         active = [w for w in active if w.row >= 0]
     return [w.verdict for w in walks]
+
+
+def _plainly_greedy(item: Verifying, sampler: Sampler) -> bool:
+    """Whether the target's choice at every node is its most likely token and nothing but the token is wanted."""
+    params = item.request.params
+    return params.greedy and params.logprobs is None and not sampler.shapes(item.request)
+
+
+def _greedy(items: Sequence[Verifying], logits_LW: Tensor) -> list[Verdict]:
+    """All choices at once: one search beats a walk that asks at every node."""
+    chosen_L = most_likely(logits_LW).cpu().numpy()
+    verdicts = []
+    for item in items:
+        nodes = 0 if item.tree is None else len(item.tree)
+        path, tokens = sample_and_match(item.tree, chosen_L[item.first : item.first + nodes + 1])
+        verdicts.append(Verdict(path, tokens, [None] * len(tokens)))
+    return verdicts
 
 
 def _match(walks: Sequence[_Walk], logits_LW: Tensor, sampler: Sampler) -> None:
