@@ -17,7 +17,6 @@ from wager.models.base import AttentionSpec
 from wager.native.memory import huge_zeros
 from wager.serve.cache.block_manager import KVGroup
 
-
 FEW_ROWS = 16
 
 

@@ -223,7 +223,11 @@ def plan_pass(runner: ModelRunner) -> PlannedPass | None:
         return None
     head = model.head.inner if isinstance(model.head, SmallHead) else model.head
     packed = head.packed if isinstance(head, Linear) else None
-    if not _plain(packed) or model.embed.weight.dtype not in native.SUFFIX or model.norm.weight.dtype not in native.SUFFIX:
+    if (
+        not _plain(packed)
+        or model.embed.weight.dtype not in native.SUFFIX
+        or model.norm.weight.dtype not in native.SUFFIX
+    ):
         return None
     blocks = []
     for block in model.layers:
