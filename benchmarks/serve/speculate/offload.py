@@ -27,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.tokens = 12
-    known = methods(args.draft, tree_size=192)
+    known = methods(args.draft, 192, args.draft_quantization)
     for budget in args.budgets.split(","):
         known[f"specexec {budget}"] = {**known["specexec 128"], "budget": int(budget)}
     chosen = {

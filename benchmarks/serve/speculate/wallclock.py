@@ -20,7 +20,8 @@ from benchmarks.serve.speculate.common import HEAD, Engine, methods, read_prompt
 from wager.models import demo
 from wager.serve.params import SamplingParams
 
-DEFAULT = "chain 1,chain 2,chain 4,specinfer 5x8,specinfer 1,sequoia,suffix + draft"
+DEFAULT = "chain 2,chain 4,specinfer 5x8,specinfer 1,sequoia,suffix + draft"
+LONGEST_PROMPT = 128  # tokens, as in the papers' protocols: what is compared is decoding
 
 
 def main() -> None:
@@ -31,9 +32,13 @@ def main() -> None:
     if args.quick:
         args.prompts, args.tokens = 2, 24
     wanted = args.methods.split(",")
-    chosen = {n: c for n, c in methods(args.draft).items() if any(n.startswith(w) for w in wanted)}
+    chosen = {
+        n: c
+        for n, c in methods(args.draft, quantization=args.draft_quantization).items()
+        if any(n.startswith(w) for w in wanted)
+    }
     engines = {"plain": Engine(args, None)} | {name: Engine(args, config) for name, config in chosen.items()}
-    prompts = read_prompts(engines["plain"].llm, args.data, args.prompts)
+    prompts = read_prompts(engines["plain"].llm, args.data, args.prompts, LONGEST_PROMPT)
     peer = None if args.no_transformers else Peer(args)
     rows, table, facts = [], [["temperature", "method", *HEAD]], {"tokens": args.tokens, "prompts": args.prompts}
     for temperature in map(float, args.temperatures.split(",")):
@@ -42,8 +47,7 @@ def main() -> None:
             name: (lambda e=e, p=params: e.rate(prompts, p)) for name, e in engines.items()
         }
         if peer is not None:
-            runs["transformers"] = lambda t=temperature: peer.rate(prompts, t, args.tokens, False)
-            runs["transformers assisted"] = lambda t=temperature: peer.rate(prompts, t, args.tokens, True)
+            runs["transformers assisted"] = lambda t=temperature: peer.rate(prompts, t, args.tokens)
         rows += compare(
             f"T={temperature:g}, {args.dtype}", runs, repeats=args.repeats or (2 if args.quick else 5), warmup=1, unit="tok/s",
             higher_is_better=True, progress=say,
@@ -76,7 +80,7 @@ def between(rows: list[Any], workload: str) -> dict[str, float]:
 
 
 class Peer:
-    """transformers `generate`, with and without its assistant model, over the same checkpoints and dtype."""
+    """transformers' assisted generation over the same checkpoints and dtype."""
 
     def __init__(self, args: Any):
         from transformers import AutoModelForCausalLM
@@ -88,10 +92,9 @@ class Peer:
         self.target, self.draft = load(args.model), load(args.draft)
 
     @torch.inference_mode()
-    def rate(self, prompts: list[list[int]], temperature: float, tokens: int, assisted: bool) -> float:
+    def rate(self, prompts: list[list[int]], temperature: float, tokens: int) -> float:
         options: dict[str, Any] = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}  # fmt: skip
-        if assisted:
-            options["assistant_model"] = self.draft
+        options["assistant_model"] = self.draft
         begun, made = time.perf_counter(), 0
         for prompt in prompts:
             ids = torch.tensor([prompt])
