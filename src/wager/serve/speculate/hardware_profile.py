@@ -7,6 +7,7 @@ interpolated linearly; beyond the last one extrapolated by its slope.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -85,9 +86,11 @@ def measure_passes(
     context_tokens: int,
     repeats: int = 5,
     draft: DraftModel | None = None,
+    budget_s: float = math.inf,
 ) -> tuple[tuple[float, ...], ...]:
     """Milliseconds of passes over `sizes` tokens for each of `batches` requests: the fastest of `repeats` interleaved rounds, since slower
     ones measure what else the machine was doing. draft: whose runner it is, to measure passes as it grows a tree.
+    budget_s: begin no further round after so many seconds; the first round, a warm-up, counts only where it is the only one.
 
     Runs on sequences of its own, which are freed afterwards; the prefix cache is not touched.
     """
@@ -103,15 +106,19 @@ def measure_passes(
                     "raise kv_cache_memory or measure smaller sizes"
                 )
         samples: dict[tuple[int, int], list[float]] = {(b, n): [] for b in batches for n in sizes}
+        started = time.perf_counter()
         for round_ in range(repeats + 1):
+            if round_ and time.perf_counter() - started > budget_s:
+                break
             for (b, n), taken in samples.items():
                 inputs = [_span(name, n, context_tokens, draft is not None, rng, vocab) for name in names[:b]]
                 begun = time.perf_counter()
                 logits = draft.logits(inputs) if draft is not None else _pass(runner, inputs)
                 assert logits is not None
                 float(logits[-1, -1])  # waits for the device
-                if round_:
-                    taken.append(1e3 * (time.perf_counter() - begun))
+                if round_ == 1:
+                    taken.clear()
+                taken.append(1e3 * (time.perf_counter() - begun))
         return tuple(tuple(min(samples[b, n]) for n in sizes) for b in batches)
     finally:
         for name in names:
@@ -141,10 +148,11 @@ def measure_profile(
     context_tokens: int = 128,
     repeats: int = 5,
     overhead_ms: float = 0.0,
+    budget_s: float = math.inf,
 ) -> HardwareProfile:
     """Measure both models on this machine as it is now."""
-    of_target = measure_passes(target, sizes, batches, context_tokens, repeats)
+    of_target = measure_passes(target, sizes, batches, context_tokens, repeats, budget_s=budget_s)
     of_draft = of_target
     if draft is not None:
-        of_draft = measure_passes(draft.runner, sizes, batches, context_tokens, repeats, draft)
+        of_draft = measure_passes(draft.runner, sizes, batches, context_tokens, repeats, draft, budget_s)
     return HardwareProfile(tuple(sizes), tuple(batches), of_target, of_draft, overhead_ms, context_tokens)
