@@ -124,7 +124,7 @@ def equal_draws_once(target_W, drafts_W, tokens, uniforms):
     return None if index is None else first[index], token
 
 
-PEAKED = 24  # seed of a draft that mostly draws one token, which the target likes less: equal draws are the rule
+PEAKED = 43  # seed of a draft that mostly draws one token, which the target likes less: equal draws are the rule
 
 
 @pytest.mark.parametrize(
@@ -133,11 +133,11 @@ PEAKED = 24  # seed of a draft that mostly draws one token, which the target lik
         (sequoia, "draw_without_replacement", most_likely, {"method": "sequoia", "tree": [-1, -1, 0, 0, 1, 1]}),
         (sequoia, "draw_without_replacement", sorted_draws, {"method": "sequoia", "tree": [-1, -1, 0, 0, 1, 1]}),
         (specinfer, "independent", accepts_always, {"method": "specinfer", "expansion": [2, 1]}),
-        (specinfer, "independent", equal_draws_once, {"method": "specinfer", "expansion": [4]}),
+        (specinfer, "independent", equal_draws_once, {"method": "specinfer", "expansion": [5]}),
     ],
 )
 def test_wrong_rules_in_the_engine_are_found_out(module, function, wrong, config, flat, monkeypatch, tmp_path):
-    """Equal draws that are tried once bias most pairs too little for this test; a peaked draft and four draws show them."""
+    """Equal draws that are tried once bias most pairs too little for this test; a peaked draft and five draws show them."""
     target, draft, law = flat
     if wrong is equal_draws_once:
         draft = build_llama(tmp_path, seed=PEAKED, **SMALL)

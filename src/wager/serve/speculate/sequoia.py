@@ -12,6 +12,7 @@ Shape legend: L rows, W vocabulary.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,14 +25,17 @@ from wager.serve.sampling.sampler import Row, Sampler
 from wager.serve.speculate.acceptance import AcceptanceCounter
 from wager.serve.speculate.draft_engine import DraftModel, NewNodes
 from wager.serve.speculate.drafter import noise, softmax, top_tokens
-from wager.serve.speculate.gate import Average
 from wager.serve.speculate.hardware_profile import HardwareProfile
 from wager.serve.speculate.ratio import draw_without_replacement, without_replacement
 from wager.serve.speculate.tree_plan import GrowMap, plan_tree
 from wager.serve.token_tree import TokenTree
 
 FIRST_REPLAN, MAX_REPLAN = 64, 4096  # decisions between two plans
-OVERHEAD_WEIGHT = 0.05  # of a new measurement; an outlier (another process, a collection) must not decide
+OVERHEADS, OVERHEAD_QUANTILE = (
+    128,
+    0.2,
+)  # the profile holds the fastest passes, so what a step costs besides is read from fast steps too:
+# the mean would charge drafting with all that slows down any step
 
 
 @dataclass
@@ -66,7 +70,7 @@ class TreeChoice:
         self.counters = {greedy: AcceptanceCounter(width) for greedy in (False, True)}
         self._plans: dict[tuple[bool, int], GrowMap] = {}
         self._next_plan = FIRST_REPLAN
-        self._overhead = Average()
+        self._overheads: deque[float] = deque(maxlen=OVERHEADS)
         self._last: tuple[int, GrowMap] | None = None
 
     def timed(self, batch: int, step_ms: float) -> None:
@@ -75,7 +79,7 @@ class TreeChoice:
             return
         tree = self._last[1]
         passes_ms = self.profile.step_ms(batch, len(tree) + 1, tree.frontiers) - self.profile.overhead
-        self._overhead.add(max(0.0, step_ms - passes_ms), OVERHEAD_WEIGHT)
+        self._overheads.append(max(0.0, step_ms - passes_ms))
 
     @property
     def max_nodes(self) -> int:
@@ -102,17 +106,14 @@ class TreeChoice:
         if decisions >= self._next_plan:
             self._next_plan = decisions + min(self._next_plan, MAX_REPLAN)
             self._plans.clear()
-            if self._overhead.count:
-                self.profile = replace(self.profile, overhead=self._overhead.value)
+            if self._overheads:
+                self.profile = replace(self.profile, overhead=float(np.quantile(self._overheads, OVERHEAD_QUANTILE)))
         size = 1 << max(batch - 1, 0).bit_length()  # one plan per power of two
         if (greedy, size) not in self._plans:
-            tree = plan_tree(
+            self._plans[greedy, size] = plan_tree(  # whether to draft at all is the gate's to say
                 self.counters[greedy].p.tolist(), self.profile, batch=size, max_size=self.max_size, max_depth=self.max_depth,
-                max_branch=self.width,
+                max_branch=self.width, always=True,
             )  # fmt: skip
-            self._plans[greedy, size] = (
-                tree if len(tree) else GrowMap.chain(1)
-            )  # whether to draft at all is the gate's to say
         self._last = (batch, self._plans[greedy, size])
         return self._plans[greedy, size]
 
