@@ -36,6 +36,7 @@ def main() -> None:
         "chain 2 always": Engine(args, known["chain 2"], most),
         "auto": Engine(args, known[args.method], most, auto=True),
     }
+    report = Report("serve", "", [])
     for batch in batches:
         prompts = read_prompts(engines["plain"].llm, args.data, max(batch, 4), LONGEST_PROMPT)
         for temperature in map(float, args.temperatures.split(",")):
@@ -55,13 +56,15 @@ def main() -> None:
                 "auto over the best fixed choice": values["auto"] / best,
             }
             table += [engine.row(str(batch), name) for name, engine in engines.items()]
-    report = Report("serve", f"speculation_auto_{Path(args.model).name}", rows, {**facts, "table": table})
+        report = Report("serve", f"speculation_auto_{Path(args.model).name}", rows, {**facts, "table": table})
+        if not args.quick:
+            say(
+                f"written: {report.save()}"
+            )  # after each batch size: what was measured is not lost when the rest is cut short
     print(format_table(table))
     print(report.table())
     for name, value in facts.items():
         print(f"{name}: {value}")
-    if not args.quick:
-        print(f"written: {report.save()}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def main() -> None:
         "page_cache_bypassed": ring._direct, "tokens": args.tokens, "prompts": args.prompts,
     }  # fmt: skip
     rows, table = [], [["regime", "temperature", "method", *HEAD, "overlap"]]
+    report = Report("serve", "", [])
     for temperature in map(float, args.temperatures.split(",")):
         params = SamplingParams(temperature=temperature, max_tokens=args.tokens, ignore_eos=True, seed=1)
         for regime, group in (("streamed", engines), ("resident", resident)):
@@ -62,13 +63,16 @@ def main() -> None:
             for name, engine in group.items():
                 overlap = f"{engine.ring.stats.overlap:.0%}" if regime == "streamed" else ""
                 table.append([*engine.row(regime, f"{temperature:g}", name), overlap])
-    facts["overlap"] = {name: engine.ring.stats.overlap for name, engine in engines.items()}
-    facts["table"] = table
-    report = Report("serve", f"speculation_offload_{Path(args.model).name}", rows, facts)
+        facts["overlap"] = {name: engine.ring.stats.overlap for name, engine in engines.items()}
+        facts["table"] = table
+        report = Report("serve", f"speculation_offload_{Path(args.model).name}", rows, facts)
+        if not args.quick:
+            say(
+                f"written: {report.save()}"
+            )  # after each temperature: what was measured is not lost when the rest is cut short
     print(format_table(table))
     print(report.table())
-    if not args.quick:
-        print(f"written: {report.save()}")
+    print(f"overlap: {facts['overlap']}")
 
 
 if __name__ == "__main__":

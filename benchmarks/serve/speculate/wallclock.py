@@ -40,7 +40,13 @@ def main() -> None:
     engines = {"plain": Engine(args, None)} | {name: Engine(args, config) for name, config in chosen.items()}
     prompts = read_prompts(engines["plain"].llm, args.data, args.prompts, LONGEST_PROMPT)
     peer = None if args.no_transformers else Peer(args)
-    rows, table, facts = [], [["temperature", "method", *HEAD]], {"tokens": args.tokens, "prompts": args.prompts}
+    rows, table = [], [["temperature", "method", *HEAD]]
+    facts: dict[str, Any] = {
+        "tokens": args.tokens,
+        "prompts": args.prompts,
+        "draft quantization": args.draft_quantization,
+    }
+    report = Report("serve", "", [])
     for temperature in map(float, args.temperatures.split(",")):
         params = SamplingParams(temperature=temperature, max_tokens=args.tokens, ignore_eos=True, seed=1)
         runs: dict[str, Callable[[], float]] = {
@@ -57,15 +63,17 @@ def main() -> None:
             sequoia = engines["sequoia"]
             facts[f"roofline_T{temperature:g}"] = roofline(sequoia, temperature == 0, sequoia.tokens_per_step)
         facts |= between(rows, f"T={temperature:g}, {args.dtype}")
-    facts["table"] = table
-    report = Report("serve", f"speculation_wallclock_{Path(args.model).name}_{args.dtype}", rows, facts)
+        facts["table"] = table
+        report = Report("serve", f"speculation_wallclock_{Path(args.model).name}_{args.dtype}", rows, facts)
+        if not args.quick:
+            say(
+                f"written: {report.save()}"
+            )  # after each temperature: what was measured is not lost when the rest is cut short
     print(format_table(table))
     print(report.table())
     for name, value in facts.items():
         if name != "table":
             print(f"{name}: {value}")
-    if not args.quick:
-        print(f"written: {report.save()}")
 
 
 def between(rows: list[Any], workload: str) -> dict[str, float]:
