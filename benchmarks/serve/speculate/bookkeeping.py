@@ -73,7 +73,8 @@ def one_tree(budget: int, rng: np.random.Generator) -> tuple[list[float], float,
     place[kept] = np.arange(len(kept))
     tree = TokenTree(search.tokens[kept], place[search.parents[kept]].astype(np.int32))
     span = SpanInput("", [0], 0, tree, len(tree) + 1)
-    tree.depths(), tree.children()
+    tree.depths()
+    tree.children()
     ancestor_mask([span], np.array([0, span.length]))
     return per_pass, 1e3 * (time.perf_counter() - begun), len(tree)
 

@@ -63,7 +63,8 @@ def main() -> None:
 def against_arctic(name: str, peer: Arctic, stream: Stream, limits: DraftLimits, rounds: int) -> list[Row]:
     """Both replay the stream in turn: microseconds per draft, per token taken in (prompts and outputs), and tokens per step."""
     theirs, ours = [], []
-    peer.replay(), replay_suffix(stream, limits, DEPTH)  # warm up
+    peer.replay()  # warm up
+    replay_suffix(stream, limits, DEPTH)
     for i in range(rounds):
         for one in (theirs, ours) if i % 2 else (ours, theirs):
             one.append(peer.replay() if one is theirs else replay_suffix(stream, limits, DEPTH))

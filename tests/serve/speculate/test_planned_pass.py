@@ -1,5 +1,7 @@
 """A planned pass computes what the ordinary pass computes, whatever the batch looks like; and models it does not know go the ordinary way."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,8 @@ def drafts(target, draft, **options):
     for _ in range(2):
         config = {"method": "sequoia", "draft": str(draft), "tree": [-1], **options}
         llm = LLM(str(target), block_size=4, speculative_config=config)
-        made.append((llm, llm.engine.core.speculator.drafters["sequoia"].draft))
+        speculator: Any = llm.engine.core.speculator
+        made.append((llm, speculator.drafters["sequoia"].draft))
     (_, planned), (_, plain) = made
     assert planned.planned is not None, "the tiny draft is of the kind that is planned"
     plain.planned = None
@@ -50,7 +53,7 @@ def test_logits_are_those_of_the_ordinary_pass(options, tiny_dir, tiny_draft_dir
         both(planned, plain, spans)
 
 
-def test_a_batch_too_large_for_the_buffers_goes_the_ordinary_way(tiny_dir, tiny_draft_dir, monkeypatch):
+def test_a_batch_too_large_for_the_buffers_goes_the_ordinary_way(tiny_dir, tiny_draft_dir):
     (_, planned), (_, plain) = drafts(tiny_dir, tiny_draft_dir)
     for model in (planned, plain):
         model.runner.blocks.start("a", [0], ("a",))
