@@ -1,4 +1,5 @@
-"""Runs in arctic-inference's own environment: reads a job from stdin, replays it, prints tokens per step and microseconds per draft."""
+"""Runs in arctic-inference's own environment: reads a job from stdin, replays it whenever asked, prints tokens per step and microseconds per draft
+and per token taken in (prompts and outputs)."""
 
 import json
 import sys
@@ -10,11 +11,13 @@ from arctic_inference.suffix_decoding import SuffixDecodingCache  # pyright: ign
 
 def replay(stream, depth, factor, most):
     cache = SuffixDecodingCache(max_tree_depth=depth)
-    steps = tokens = 0
-    spent = 0.0
+    steps = tokens = taken_in = 0
+    spent = updating = 0.0
     for number, (prompt, response) in enumerate(stream):
-        cache.start_request(number, np.array(prompt, dtype=np.int32))
         text = np.array(prompt + response, dtype=np.int32)
+        begun = time.perf_counter()
+        cache.start_request(number, text[: len(prompt)])
+        updating += time.perf_counter() - begun
         at = 0
         while at < len(response):
             end = len(prompt) + at
@@ -25,18 +28,24 @@ def replay(stream, depth, factor, most):
             accepted, room = 0, len(response) - at - 1
             while accepted < min(len(draft.token_ids), room) and draft.token_ids[accepted] == response[at + accepted]:
                 accepted += 1
+            begun = time.perf_counter()
             cache.add_active_response(number, text[end : end + accepted + 1])
+            updating += time.perf_counter() - begun
             at += accepted + 1
             steps += 1
             tokens += accepted + 1
         cache.stop_request(number)
-    return tokens / steps, 1e6 * spent / steps
+        taken_in += len(text)
+    return tokens / steps, 1e6 * spent / steps, 1e6 * updating / taken_in
 
 
 def main():
-    job = json.load(sys.stdin)
-    runs = [replay(job["stream"], job["depth"], job["factor"], job["most"]) for _ in range(job["repeats"])]
-    print(json.dumps({"tokens_per_step": runs[0][0], "speculate_us": [us for _, us in runs]}))
+    """The first line is the job; every further line asks for one more replay."""
+    job = json.loads(sys.stdin.readline())
+    for _ in sys.stdin:
+        tokens_per_step, speculate_us, update_us = replay(job["stream"], job["depth"], job["factor"], job["most"])
+        found = {"tokens_per_step": tokens_per_step, "speculate_us": speculate_us, "update_us": update_us}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

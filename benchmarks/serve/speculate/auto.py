@@ -15,6 +15,8 @@ from benchmarks.harness import Report, compare, format_table, say
 from benchmarks.serve.speculate.common import HEAD, Engine, methods, read_prompts, speculation_arguments
 from wager.serve.params import SamplingParams
 
+LONGEST_PROMPT = 64  # tokens: what is compared is decoding
+
 
 def main() -> None:
     parser = speculation_arguments("Auto mode over batch sizes.")
@@ -25,23 +27,25 @@ def main() -> None:
     batches = [1, 4] if args.quick else [int(b) for b in args.batches.split(",")]
     if args.quick:
         args.tokens = 32
-    known = methods(args.draft)
+    known = methods(args.draft, quantization=args.draft_quantization)
     rows, table, facts = [], [["batch", "method", *HEAD]], {"tokens": args.tokens}
+    most = max(batches)
+    engines = {
+        "plain": Engine(args, None, most),
+        f"{args.method} always": Engine(args, known[args.method], most),
+        "chain 2 always": Engine(args, known["chain 2"], most),
+        "auto": Engine(args, known[args.method], most, auto=True),
+    }
+    report = Report("serve", "", [])
     for batch in batches:
-        engines = {
-            "plain": Engine(args, None, batch),
-            f"{args.method} always": Engine(args, known[args.method], batch),
-            "chain 2 always": Engine(args, known["chain 2"], batch),
-            "auto": Engine(args, known[args.method], batch, auto=True),
-        }
-        prompts = read_prompts(engines["plain"].llm, args.data, max(batch, 4))
+        prompts = read_prompts(engines["plain"].llm, args.data, max(batch, 4), LONGEST_PROMPT)
         for temperature in map(float, args.temperatures.split(",")):
             params = SamplingParams(temperature=temperature, max_tokens=args.tokens, ignore_eos=True, seed=1)
             runs: dict[str, Callable[[], float]] = {
                 name: (lambda e=e, p=params, b=batch, own=prompts: e.rate(own, p, b)) for name, e in engines.items()
             }
             found = compare(
-                f"batch {batch}, T={temperature:g}", runs, repeats=args.repeats or (2 if args.quick else 5), warmup=2,
+                f"batch {batch}, T={temperature:g}", runs, repeats=args.repeats or (2 if args.quick else 5), warmup=1,
                 unit="tok/s", higher_is_better=True, progress=say,
             )  # fmt: skip
             rows += found
@@ -52,13 +56,15 @@ def main() -> None:
                 "auto over the best fixed choice": values["auto"] / best,
             }
             table += [engine.row(str(batch), name) for name, engine in engines.items()]
-    report = Report("serve", f"speculation_auto_{Path(args.model).name}", rows, {**facts, "table": table})
+        report = Report("serve", f"speculation_auto_{Path(args.model).name}", rows, {**facts, "table": table})
+        if not args.quick:
+            say(
+                f"written: {report.save()}"
+            )  # after each batch size: what was measured is not lost when the rest is cut short
     print(format_table(table))
     print(report.table())
     for name, value in facts.items():
         print(f"{name}: {value}")
-    if not args.quick:
-        print(f"written: {report.save()}")
 
 
 if __name__ == "__main__":

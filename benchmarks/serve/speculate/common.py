@@ -23,12 +23,15 @@ def speculation_arguments(description: str) -> Any:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--draft-quantization", help="of the draft's weights in every method that has a draft, e.g. int8"
+    )
     return parser
 
 
-def methods(draft: str, tree_size: int = 64) -> dict[str, dict[str, Any]]:
+def methods(draft: str, tree_size: int = 64, quantization: str | None = None) -> dict[str, dict[str, Any]]:
     """Configurations by the names used in the tables."""
-    d = {"draft": draft}
+    d = {"draft": draft, **({"draft_quantization": quantization} if quantization else {})}
     return {
         **{f"chain {k}": {**d, "num_speculative_tokens": k} for k in (1, 2, 4, 6)},
         "specinfer 5x8": {**d, "method": "specinfer", "expansion": [5, 1, 1, 1, 1, 1, 1, 1]},

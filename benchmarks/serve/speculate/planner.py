@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Report, compare, format_table, say
-from benchmarks.serve.speculate.common import HEAD, Engine, methods, read_prompts, roofline, speculation_arguments
+from benchmarks.harness import Report, compare, say
+from benchmarks.serve.speculate.common import Engine, methods, read_prompts, roofline, speculation_arguments
 from wager.serve.params import SamplingParams
 from wager.serve.speculate.hardware_profile import HardwareProfile, measure_profile
 from wager.serve.speculate.tree_plan import GrowMap, TreeTables, plan_tree
@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.prompts, args.tokens = 2, 24
-    first = Engine(args, methods(args.draft)["sequoia"])
+    first = Engine(args, methods(args.draft, quantization=args.draft_quantization)["sequoia"])
     prompts = read_prompts(first.llm, args.data, args.prompts)
     params = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True)
     for _ in range(1 if args.quick else 3):
@@ -38,7 +38,7 @@ def main() -> None:
     drafter = core.speculator.drafters["sequoia"]
     p = drafter.choice.counters[True].p.tolist()
     profile = measure_profile(
-        core.runner, drafter.draft.runner, sizes=SIZES, batches=(1,), context_tokens=128, repeats=3 if args.quick else 9,
+        core.runner, drafter.draft, sizes=SIZES, batches=(1,), context_tokens=128, repeats=3 if args.quick else 9,
         overhead_ms=drafter.choice.profile.overhead,
     )  # fmt: skip
     trees, by_price = sweep(p, profile, args.max_size)
@@ -50,15 +50,17 @@ def main() -> None:
         "planned over best, by price": planned.expected_speedup / max(1.0, by_price[best_size, best_depth]),
         "roofline": roofline(first, True, first.tokens_per_step),
     }  # fmt: skip
-    grid = [(n, d) for n in (2, 3, 5, 8, 12, 20) for d in (1, 2, 4) if (n, d) in trees]
-    engines = {"plain": Engine(args, None)}
-    engines["planned"] = engine_of(args, planned if len(planned) else GrowMap.chain(1))
-    engines |= {f"{n} nodes, depth {d}": engine_of(args, trees[n, d]) for n, d in (grid[::4] if args.quick else grid)}
-    runs: dict[str, Callable[[], float]] = {name: (lambda e=e: e.rate(prompts, params)) for name, e in engines.items()}
+    grid = [(n, d) for n in (3, 5, 8, 12, 20) for d in (2, 4) if (n, d) in trees]
+    shaped = Engine(args, {"method": "sequoia", "draft": args.draft, "tree": [-1] * args.max_size})
+    contenders = {"planned": planned if len(planned) else GrowMap.chain(1)}
+    contenders |= {f"{n} nodes, depth {d}": trees[n, d] for n, d in (grid[::3] if args.quick else grid)}
+    plain = Engine(args, None)
+    runs: dict[str, Callable[[], float]] = {"plain": lambda: plain.rate(prompts, params)}
+    for name, tree in contenders.items():
+        runs[name] = lambda t=tree: with_tree(shaped, t).rate(prompts, params)
     rows = compare("T=0, batch 1", runs, repeats=args.repeats or (2 if args.quick else 5), warmup=1, unit="tok/s", higher_is_better=True, progress=say)  # fmt: skip
     speeds = {row.ours: row.ours_value for row in rows}
     facts["planned over best, by running"] = speeds["planned"] / max(speeds.values())
-    print(format_table([["tree", *HEAD], *(engine.row(name) for name, engine in engines.items())]))
     report = Report("serve", f"speculation_planner_{Path(args.model).name}", rows, facts)
     print(report.table())
     for name, value in facts.items():
@@ -84,8 +86,11 @@ def sweep(
     return trees, speed
 
 
-def engine_of(args: Any, tree: GrowMap) -> Engine:
-    return Engine(args, {"method": "sequoia", "draft": args.draft, "tree": list(tree.parents)})
+def with_tree(engine: Engine, tree: GrowMap) -> Engine:
+    """The same engine growing another tree."""
+    core: Any = engine.llm.engine.core
+    core.speculator.drafters["sequoia"].choice.fixed = tree
+    return engine
 
 
 if __name__ == "__main__":

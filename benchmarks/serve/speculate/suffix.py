@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import Report, Row, arguments, compare, format_table, say
+from benchmarks.harness import Report, Row, arguments, format_table, ratio_of_medians
 from wager.serve.speculate.replay import PieceEncoder, encoded, read_pairs, replay_ngram, replay_suffix, shuffled
 from wager.serve.speculate.suffix_tree import DraftLimits, SuffixSession, SuffixTree
 
 DEPTH, FACTOR, MOST = 64, 2.0, 32
 SIBLINGS = "marshmallow-1867"
+
+Stream = list[tuple[list[int], list[int]]]
 
 
 def main() -> None:
@@ -44,27 +46,11 @@ def main() -> None:
         ours = found["suffix tree"].tokens_per_step
         rows.append(exact_row(name, "prompt look-up", found["prompt look-up"].tokens_per_step, "suffix tree", ours))
         if args.arctic_python:
-            peer = arctic(args.arctic_python, stream, args.repeats or (2 if args.quick else 5))
-            mine = found["suffix path"]
-            table.append(
-                [
-                    name,
-                    "arctic-inference path",
-                    f"{peer['tokens_per_step']:.2f}",
-                    "",
-                    "",
-                    f"{peer['speculate_us'][0]:.1f}",
-                ]
+            rows += against_arctic(
+                name, Arctic(args.arctic_python, stream), stream, limits, args.repeats or (2 if args.quick else 6)
             )
-            rows.append(
-                exact_row(name, "arctic-inference", peer["tokens_per_step"], "suffix path", mine.tokens_per_step)
-            )
-            times = iter(peer["speculate_us"] * 10)
-            rows += compare(
-                f"{name}: microseconds per draft",
-                {"arctic-inference": lambda t=times: next(t), "suffix path": lambda s=stream, lim=limits: replay_suffix(s, lim, DEPTH).speculate_us},
-                repeats=args.repeats or (2 if args.quick else 5), warmup=0, unit="us", progress=say,
-            )  # fmt: skip
+            peer = rows[-1]
+            table.append([name, "arctic-inference path", f"{peer.baseline_value:.2f}", "", "", f"{rows[-3].baseline_value:.1f}"])  # fmt: skip
     facts = engineering(100_000 if args.quick else 1_000_000)
     report = Report("serve", "suffix", rows, facts)
     print(format_table(table))
@@ -72,6 +58,28 @@ def main() -> None:
     print("\n".join(f"{name}: {value:.3g}" for name, value in facts.items()))
     if not args.quick:
         print(f"written: {report.save()}")
+
+
+def against_arctic(name: str, peer: Arctic, stream: Stream, limits: DraftLimits, rounds: int) -> list[Row]:
+    """Both replay the stream in turn: microseconds per draft, per token taken in (prompts and outputs), and tokens per step."""
+    theirs, ours = [], []
+    peer.replay()  # warm up
+    replay_suffix(stream, limits, DEPTH)
+    for i in range(rounds):
+        for one in (theirs, ours) if i % 2 else (ours, theirs):
+            one.append(peer.replay() if one is theirs else replay_suffix(stream, limits, DEPTH))
+    peer.close()
+    rows = []
+    for what, key in (("per draft", "speculate_us"), ("per token taken in", "update_us")):
+        them, us = [t[key] for t in theirs], [getattr(o, key) for o in ours]
+        ratio, low, high = ratio_of_medians(them, us, False, np.random.default_rng(0))
+        noise = abs(float(np.median(them[::2]) / np.median(them[1::2])) - 1)
+        samples = {"arctic-inference": them, "suffix path": us}
+        medians = float(np.median(them)), float(np.median(us))
+        rows.append(
+            Row(f"{name}: microseconds {what}", "arctic-inference", "suffix path", "us", *medians, ratio, low, high, noise, rounds, samples)
+        )  # fmt: skip
+    return [*rows, exact_row(name, "arctic-inference", theirs[0]["tokens_per_step"], "suffix path", ours[0].tokens_per_step)]  # fmt: skip
 
 
 def read_streams(data: Path, quick: bool) -> dict[str, list[tuple[list[int], list[int]]]]:
@@ -91,14 +99,33 @@ def exact_row(workload: str, baseline: str, theirs: float, ours_name: str, ours:
     return Row(workload, baseline, ours_name, "tokens/step", theirs, ours, ratio, ratio, ratio, 0.0, 1)
 
 
-def arctic(python: Path, stream: list[tuple[list[int], list[int]]], repeats: int) -> dict:
-    """The same replay by arctic-inference's cache, timed inside its own process."""
-    script = Path(__file__).with_name("arctic_replay.py")
-    job = json.dumps({"stream": stream, "depth": DEPTH, "factor": FACTOR, "most": MOST, "repeats": repeats})
-    done = subprocess.run([str(python), str(script)], input=job, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"arctic-inference failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout)
+class Arctic:
+    """arctic-inference's cache in its own process, timed there."""
+
+    def __init__(self, python: Path, stream: Stream):
+        script = Path(__file__).with_name("arctic_replay.py")
+        self.process = subprocess.Popen(
+            [str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self.ask(json.dumps({"stream": stream, "depth": DEPTH, "factor": FACTOR, "most": MOST}))
+
+    def ask(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def replay(self) -> dict[str, float]:
+        self.ask("again")
+        assert self.process.stdout is not None
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit("arctic-inference failed; its complaint is above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def engineering(tokens: int) -> dict[str, float]:
@@ -125,14 +152,14 @@ def engineering(tokens: int) -> dict[str, float]:
             tree.append(tree.open(), piece)
         facts[f"append_us_per_token_depth_{depth}"] = 1e6 * (time.perf_counter() - begun) / tokens
         facts[f"bytes_per_token_depth_{depth}"] = tree.nbytes / tokens
-        session, stream = SuffixSession(depth, tree), text(4000).tolist()
+        session, stream, limits = SuffixSession(depth, tree), text(4000).tolist(), DraftLimits(MOST, FACTOR)
         session.extend(stream[:1000], output=False)
         update, speculate = [], []
         for at in range(1000, 4000, 3):
             a = time.perf_counter()
             session.extend(stream[at : at + 3], output=True)
             b = time.perf_counter()
-            session.speculate(DraftLimits(MOST, FACTOR))
+            session.speculate(limits)
             c = time.perf_counter()
             update.append((b - a) / 3)
             speculate.append(c - b)

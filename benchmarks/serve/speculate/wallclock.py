@@ -20,7 +20,8 @@ from benchmarks.serve.speculate.common import HEAD, Engine, methods, read_prompt
 from wager.models import demo
 from wager.serve.params import SamplingParams
 
-DEFAULT = "chain 1,chain 2,chain 4,specinfer 5x8,specinfer 1,sequoia,suffix + draft"
+DEFAULT = "chain 2,chain 4,specinfer 5x8,specinfer 1,sequoia,suffix + draft"
+LONGEST_PROMPT = 128  # tokens, as in the papers' protocols: what is compared is decoding
 
 
 def main() -> None:
@@ -31,19 +32,28 @@ def main() -> None:
     if args.quick:
         args.prompts, args.tokens = 2, 24
     wanted = args.methods.split(",")
-    chosen = {n: c for n, c in methods(args.draft).items() if any(n.startswith(w) for w in wanted)}
+    chosen = {
+        n: c
+        for n, c in methods(args.draft, quantization=args.draft_quantization).items()
+        if any(n.startswith(w) for w in wanted)
+    }
     engines = {"plain": Engine(args, None)} | {name: Engine(args, config) for name, config in chosen.items()}
-    prompts = read_prompts(engines["plain"].llm, args.data, args.prompts)
+    prompts = read_prompts(engines["plain"].llm, args.data, args.prompts, LONGEST_PROMPT)
     peer = None if args.no_transformers else Peer(args)
-    rows, table, facts = [], [["temperature", "method", *HEAD]], {"tokens": args.tokens, "prompts": args.prompts}
+    rows, table = [], [["temperature", "method", *HEAD]]
+    facts: dict[str, Any] = {
+        "tokens": args.tokens,
+        "prompts": args.prompts,
+        "draft quantization": args.draft_quantization,
+    }
+    report = Report("serve", "", [])
     for temperature in map(float, args.temperatures.split(",")):
         params = SamplingParams(temperature=temperature, max_tokens=args.tokens, ignore_eos=True, seed=1)
         runs: dict[str, Callable[[], float]] = {
             name: (lambda e=e, p=params: e.rate(prompts, p)) for name, e in engines.items()
         }
         if peer is not None:
-            runs["transformers"] = lambda t=temperature: peer.rate(prompts, t, args.tokens, False)
-            runs["transformers assisted"] = lambda t=temperature: peer.rate(prompts, t, args.tokens, True)
+            runs["transformers assisted"] = lambda t=temperature: peer.rate(prompts, t, args.tokens)
         rows += compare(
             f"T={temperature:g}, {args.dtype}", runs, repeats=args.repeats or (2 if args.quick else 5), warmup=1, unit="tok/s",
             higher_is_better=True, progress=say,
@@ -53,15 +63,17 @@ def main() -> None:
             sequoia = engines["sequoia"]
             facts[f"roofline_T{temperature:g}"] = roofline(sequoia, temperature == 0, sequoia.tokens_per_step)
         facts |= between(rows, f"T={temperature:g}, {args.dtype}")
-    facts["table"] = table
-    report = Report("serve", f"speculation_wallclock_{Path(args.model).name}_{args.dtype}", rows, facts)
+        facts["table"] = table
+        report = Report("serve", f"speculation_wallclock_{Path(args.model).name}_{args.dtype}", rows, facts)
+        if not args.quick:
+            say(
+                f"written: {report.save()}"
+            )  # after each temperature: what was measured is not lost when the rest is cut short
     print(format_table(table))
     print(report.table())
     for name, value in facts.items():
         if name != "table":
             print(f"{name}: {value}")
-    if not args.quick:
-        print(f"written: {report.save()}")
 
 
 def between(rows: list[Any], workload: str) -> dict[str, float]:
@@ -76,7 +88,7 @@ def between(rows: list[Any], workload: str) -> dict[str, float]:
 
 
 class Peer:
-    """transformers `generate`, with and without its assistant model, over the same checkpoints and dtype."""
+    """transformers' assisted generation over the same checkpoints and dtype."""
 
     def __init__(self, args: Any):
         from transformers import AutoModelForCausalLM
@@ -88,10 +100,9 @@ class Peer:
         self.target, self.draft = load(args.model), load(args.draft)
 
     @torch.inference_mode()
-    def rate(self, prompts: list[list[int]], temperature: float, tokens: int, assisted: bool) -> float:
+    def rate(self, prompts: list[list[int]], temperature: float, tokens: int) -> float:
         options: dict[str, Any] = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}  # fmt: skip
-        if assisted:
-            options["assistant_model"] = self.draft
+        options["assistant_model"] = self.draft
         begun, made = time.perf_counter(), 0
         for prompt in prompts:
             ids = torch.tensor([prompt])

@@ -38,7 +38,7 @@ class Recipe:
         tokens: training tokens in all.
         batch_tokens: tokens of a step, over all processes; a multiple of processes x window.
         window: longest context; the first `short_share` of the run cuts windows into pieces of `short_window`.
-        minutes: wall-clock limit; the learning rate comes down in time for it. None: no limit.
+        minutes: wall-clock limit; the learning rate comes down in time for it. None: no limit; 0: no step, the start is the result.
         teacher: checkpoint directory to distil from; None: next-token prediction.
         teacher_weight: share of the divergence from the teacher in the loss, the rest is next-token prediction.
         start: checkpoint directory to start from instead of random weights; it may be shallower (`grow.py`).
@@ -151,7 +151,8 @@ class Run:
         """Share of the run that is over, by steps or by the clock, whichever is further; the same on every process."""
         done = step / self.recipe.steps
         if self.recipe.minutes is not None:
-            done = max(done, (time.monotonic() - self.started) / (60 * self.recipe.minutes))
+            limit_s = 60 * self.recipe.minutes
+            done = max(done, (time.monotonic() - self.started) / limit_s if limit_s else 1.0)
         if dist.is_initialized():
             shared = torch.tensor(done)
             dist.broadcast(shared, 0)

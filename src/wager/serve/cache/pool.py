@@ -5,6 +5,7 @@ Shape legend: S pool slots (blocks times block size), G key/value heads, K key w
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from wager.models.base import AttentionSpec
 from wager.native.memory import huge_zeros
 from wager.serve.cache.block_manager import KVGroup
+
+FEW_ROWS = 16
 
 
 def groups_for(specs: Sequence[AttentionSpec]) -> tuple[KVGroup, ...]:
@@ -68,8 +71,20 @@ class KVPool:
 
     def move(self, group: int, source_slots: Tensor, target_slots: Tensor) -> None:
         """Move rows to other slots in every layer of the group; sources are read before targets are written."""
+        if source_slots.device.type == "cpu" and len(source_slots) <= FEW_ROWS:
+            sources, targets = source_slots.tolist(), target_slots.tolist()
+            if all(target not in sources[i + 1 :] for i, target in enumerate(targets)):
+                self._move_one_by_one(group, [(s, t) for s, t in zip(sources, targets, strict=True) if s != t])
+                return
         for pool in self.tensors(group):
             pool[target_slots] = pool[source_slots]
+
+    def _move_one_by_one(self, group: int, moves: Sequence[tuple[int, int]]) -> None:
+        """A handful of rows: copying memory is much faster than indexing, which costs the same for one row as for hundreds."""
+        for pool in self.tensors(group):
+            start, row_bytes = pool.data_ptr(), pool.stride(0) * pool.element_size()
+            for source, target in moves:
+                ctypes.memmove(start + target * row_bytes, start + source * row_bytes, row_bytes)
 
     def export(self, tables: Sequence[np.ndarray], num_tokens: int) -> dict[str, Tensor]:
         """Copies of the first `num_tokens` rows of a sequence, named for safetensors. `tables` has one block table per group."""

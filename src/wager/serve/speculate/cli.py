@@ -37,7 +37,7 @@ def profile(
     llm = _engine(target, draft, dtype, max(requests), {"tree": [-1]})
     drafter = llm.engine.core.speculator.drafters["sequoia"]
     measured = measure_profile(
-        llm.engine.core.runner, drafter.draft.runner, sizes=wanted, batches=requests, context_tokens=context, repeats=repeats,
+        llm.engine.core.runner, drafter.draft, sizes=wanted, batches=requests, context_tokens=context, repeats=repeats,
         overhead_ms=0.3,
     )  # fmt: skip
     measured.save(out)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wager.serve.request import Request
 from wager.serve.runner import Growth, ModelRunner, SpanInput
+from wager.serve.speculate.planned_pass import plan_pass
 
 
 @dataclass
@@ -44,6 +45,7 @@ class DraftModel:
     def __init__(self, runner: ModelRunner, catch_up_tokens: int, max_positions: int):
         self.runner, self.catch_up_tokens, self.max_positions = runner, catch_up_tokens, max_positions
         self.states: dict[str, DraftState] = {}
+        self.planned = plan_pass(runner)
 
     def begin(
         self, requests: Sequence[Request], nodes: Sequence[int], depths: Sequence[int]
@@ -68,7 +70,7 @@ class DraftModel:
             state.grown = 0
             if guesses:
                 ready.append(i)
-        return ready, self._logits(inputs) if inputs else None
+        return ready, self.logits(inputs) if inputs else None
 
     def grow(self, nodes: Sequence[NewNodes]) -> Tensor:
         """Compute tree nodes; logits [L, W] of all of them, request by request. Room was reserved by `begin`."""
@@ -79,7 +81,7 @@ class DraftModel:
             count = len(new.tokens)
             inputs.append(SpanInput(new.request.id, new.tokens, new.request.num_tokens, None, count, growth))
             state.grown += count
-        logits = self._logits(inputs)
+        logits = self.logits(inputs)
         assert logits is not None
         return logits
 
@@ -109,7 +111,11 @@ class DraftModel:
             state = self.states[request.id] = DraftState(computed)
         return state
 
-    def _logits(self, inputs: Sequence[SpanInput]) -> Tensor | None:
+    def logits(self, inputs: Sequence[SpanInput]) -> Tensor | None:
+        """Logits [L, W] of the wanted rows, None where none are; they may lie in a buffer that the next pass uses again."""
+        if self.planned is not None and self.planned.fits(inputs):
+            found = self.planned.logits(inputs)
+            return torch.from_numpy(found) if len(found) else None
         batch = self.runner.build(inputs)
         hidden_TD = self.runner.forward(batch)
         if not len(batch.logit_rows_L):

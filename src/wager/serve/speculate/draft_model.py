@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from wager.serve.request import Request
+from wager.serve.sampling.filters import most_likely
 from wager.serve.sampling.sampler import Row, Sampler
 from wager.serve.speculate.draft_engine import DraftModel, NewNodes
 from wager.serve.token_tree import TokenTree
@@ -32,7 +33,7 @@ class ModelChainDrafter:
         while active and logits is not None:
             if any(self.sampler.shapes(requests[i]) for i in active):
                 logits = self.sampler.shaped(logits, [Row(requests[i], tuple(chains[i])) for i in active])
-            for i, token in zip(active, logits.argmax(-1).tolist(), strict=True):
+            for i, token in zip(active, most_likely(logits).tolist(), strict=True):
                 chains[i].append(token)
             depth += 1
             active = [i for i in active if depth < room[i]]

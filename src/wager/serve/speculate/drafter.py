@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 
 from wager.serve.request import Request
 from wager.serve.sampling.rng import derive_seed, uniforms
@@ -53,3 +54,31 @@ def noise(seed: int, num_tokens: int, count: int) -> np.ndarray:
     """`count` numbers in [0, 1) for drafting after `num_tokens` tokens: the same whatever else is in the batch."""
     keys = np.full(count, derive_seed(seed ^ DRAFT_STREAM, num_tokens + 1), np.uint64)
     return uniforms(keys, np.arange(count, dtype=np.uint64))
+
+
+SEARCHED = 4  # tokens up to which repeated searches for the largest beat torch's selection
+
+
+def top_tokens(logits_LW: np.ndarray, count: int) -> np.ndarray:
+    """int64 [L, count]: each row's most likely tokens, likeliest first. `logits_LW` is left as it is."""
+    count = min(count, logits_LW.shape[1])
+    if count > SEARCHED:
+        return torch.from_numpy(logits_LW).topk(count, -1).indices.numpy()
+    rows, found = np.arange(len(logits_LW)), np.empty((len(logits_LW), count), np.int64)
+    for k in range(count):
+        if k == 1:
+            logits_LW = logits_LW.copy()
+        if k:
+            logits_LW[rows, found[:, k - 1]] = -np.inf
+        found[:, k] = logits_LW.argmax(-1)
+    return found
+
+
+def softmax(logits_W: np.ndarray, temperature: float) -> np.ndarray:
+    """float64 [W]."""
+    scores = logits_W.astype(np.float64)
+    scores -= scores.max()
+    scores /= temperature
+    np.exp(scores, out=scores)
+    scores /= scores.sum()
+    return scores

@@ -6,7 +6,8 @@ pays a request while
 
     accepted guesses of the request x plain milliseconds per token  >  extra milliseconds of a drafted step per drafting request.
 
-Both arms are tried from time to time; a trial that changes nothing doubles the wait until the next, up to MAX_WAIT steps.
+Both arms are tried from time to time; a trial that changes nothing doubles the wait until the next, up to MAX_WAIT steps, and what a
+trial lost (catching up with long texts may cost more than the guesses are worth) must be no more than REGRET of the time until the next.
 Steps with prompt tokens are not measured: they say nothing about decoding.
 """
 
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 
 FIRST_WAIT = 16
 MAX_WAIT = 512
+REGRET, LONGEST_WAIT = 0.01, 16_384
+MOST_LOST = 25  # plain steps that one step counts for at most: a hiccup of the machine is not the trial's fault
 TRIAL_STEPS = 3  # a trial; its first step is not measured, caches and catching up disturb it
 WEIGHT = 0.15  # of a new measurement in a running average
 REQUEST_WEIGHT = 0.25
@@ -45,6 +48,8 @@ class BatchArm:
     wait: int = FIRST_WAIT
     since: int = 0
     trial: int = 0
+    ending: bool = False  # its last step is out
+    lost_ms: float = 0.0  # by it, so far
 
     def pays(self, batch: int) -> bool:
         """Whether drafting wins at this batch size, as far as is known; unknown counts as yes."""
@@ -52,6 +57,24 @@ class BatchArm:
             return True
         worth = self.accepted.value * self.plain_ms.value / batch
         return worth * self.drafting.value > self.drafted_ms.value - self.plain_ms.value
+
+    def loss_ms(self, batch: int, step_ms: float, accepted: int) -> float:
+        """What a step with so many accepted guesses, over all requests, took beyond the better arm's time for as many tokens."""
+        if not self.plain_ms.count:
+            return 0.0
+        per_token = self.plain_ms.value
+        if self.drafted_ms.count and self.pays(batch):
+            per_token = self.drafted_ms.value / (1 + self.accepted.value * self.drafting.value / batch)
+        return min(step_ms - per_token * (1 + accepted / batch), MOST_LOST * self.plain_ms.value)
+
+    def end_trial(self) -> None:
+        """Decide when the next trial begins."""
+        self.since = 0
+        self.wait = min(MAX_WAIT, 2 * self.wait)
+        if self.plain_ms.count:
+            earned_back = self.lost_ms / (REGRET * self.plain_ms.value)
+            self.wait = min(LONGEST_WAIT, max(self.wait, round(earned_back)))
+        self.lost_ms = 0.0
 
     def extra_per_request_ms(self) -> float:
         if not self.plain_ms.count or not self.drafted_ms.count:
@@ -85,10 +108,11 @@ class Gate:
         self._trying = bool(arm.trial) and not better
         if arm.trial:
             arm.trial -= 1
-            if not arm.trial:
-                arm.since = 0
-                arm.wait = min(MAX_WAIT, 2 * arm.wait)
+            arm.ending = not arm.trial
             return not better
+        if arm.ending:  # the trial's last step has been measured
+            arm.ending = False
+            arm.end_trial()
         arm.since += 1
         if arm.since >= arm.wait:
             arm.trial = TRIAL_STEPS
@@ -113,6 +137,8 @@ class Gate:
         arm = self.arm(batch)
         for request_id, count in accepted:
             self.requests.setdefault(request_id, _Request()).accepted.add(count, REQUEST_WEIGHT)
+        if arm.trial or arm.ending:
+            arm.lost_ms += arm.loss_ms(batch, step_ms, sum(count for _, count in accepted))
         if arm.trial == TRIAL_STEPS - 1 and arm.drafted_ms.count and arm.plain_ms.count:
             return
         before = arm.pays(batch)
@@ -123,7 +149,7 @@ class Gate:
         else:
             arm.plain_ms.add(step_ms)
         if arm.pays(batch) != before:
-            arm.wait, arm.since, arm.trial = FIRST_WAIT, 0, 0
+            arm.wait, arm.since, arm.trial, arm.ending, arm.lost_ms = FIRST_WAIT, 0, 0, False, 0.0
 
     def forget(self, request_id: str) -> None:
         self.requests.pop(request_id, None)

@@ -7,15 +7,18 @@ interpolated linearly; beyond the last one extrapolated by its slope.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from wager.errors import UsageError
 from wager.serve.runner import Growth, ModelRunner, SpanInput
+from wager.serve.speculate.draft_engine import DraftModel
 from wager.serve.token_tree import TokenTree
 
 QUICK_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -82,10 +85,12 @@ def measure_passes(
     batches: Sequence[int],
     context_tokens: int,
     repeats: int = 5,
-    growing: bool = False,
+    draft: DraftModel | None = None,
+    budget_s: float = math.inf,
 ) -> tuple[tuple[float, ...], ...]:
     """Milliseconds of passes over `sizes` tokens for each of `batches` requests: the fastest of `repeats` interleaved rounds, since slower
-    ones measure what else the machine was doing. growing: as a draft grows a tree.
+    ones measure what else the machine was doing. draft: whose runner it is, to measure passes as it grows a tree.
+    budget_s: begin no further round after so many seconds; the first round, a warm-up, counts only where it is the only one.
 
     Runs on sequences of its own, which are freed afterwards; the prefix cache is not touched.
     """
@@ -101,19 +106,28 @@ def measure_passes(
                     "raise kv_cache_memory or measure smaller sizes"
                 )
         samples: dict[tuple[int, int], list[float]] = {(b, n): [] for b in batches for n in sizes}
+        started = time.perf_counter()
         for round_ in range(repeats + 1):
+            if round_ and time.perf_counter() - started > budget_s:
+                break
             for (b, n), taken in samples.items():
-                inputs = [_span(name, n, context_tokens, growing, rng, vocab) for name in names[:b]]
+                inputs = [_span(name, n, context_tokens, draft is not None, rng, vocab) for name in names[:b]]
                 begun = time.perf_counter()
-                batch = runner.build(inputs)
-                logits = runner.logits(runner.forward(batch), batch.logit_rows_L)
+                logits = draft.logits(inputs) if draft is not None else _pass(runner, inputs)
+                assert logits is not None
                 float(logits[-1, -1])  # waits for the device
-                if round_:
-                    taken.append(1e3 * (time.perf_counter() - begun))
+                if round_ == 1:
+                    taken.clear()
+                taken.append(1e3 * (time.perf_counter() - begun))
         return tuple(tuple(min(samples[b, n]) for n in sizes) for b in batches)
     finally:
         for name in names:
             runner.blocks.free(name)
+
+
+def _pass(runner: ModelRunner, inputs: Sequence[SpanInput]) -> Tensor:
+    batch = runner.build(inputs)
+    return runner.logits(runner.forward(batch), batch.logit_rows_L)
 
 
 def _span(name: str, n: int, context: int, growing: bool, rng: np.random.Generator, vocab: int) -> SpanInput:
@@ -127,15 +141,18 @@ def _span(name: str, n: int, context: int, growing: bool, rng: np.random.Generat
 
 def measure_profile(
     target: ModelRunner,
-    draft: ModelRunner | None,
+    draft: DraftModel | None,
     *,
     sizes: Sequence[int] = QUICK_SIZES,
     batches: Sequence[int] = (1,),
     context_tokens: int = 128,
     repeats: int = 5,
     overhead_ms: float = 0.0,
+    budget_s: float = math.inf,
 ) -> HardwareProfile:
     """Measure both models on this machine as it is now."""
-    of_target = measure_passes(target, sizes, batches, context_tokens, repeats)
-    of_draft = measure_passes(draft, sizes, batches, context_tokens, repeats, growing=True) if draft else of_target
+    of_target = measure_passes(target, sizes, batches, context_tokens, repeats, budget_s=budget_s)
+    of_draft = of_target
+    if draft is not None:
+        of_draft = measure_passes(draft.runner, sizes, batches, context_tokens, repeats, draft, budget_s)
     return HardwareProfile(tuple(sizes), tuple(batches), of_target, of_draft, overhead_ms, context_tokens)

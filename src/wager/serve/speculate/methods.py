@@ -25,6 +25,7 @@ from wager.serve.speculate.suffix_tree import DraftLimits
 from wager.serve.speculate.tree_plan import GrowMap
 
 QUICK_CONTEXT = 64
+PROFILE_S = 3.0  # per model, at most a round more: with streamed weights every pass is slow
 SAMPLING_MS = 0.3  # a drafted step's work outside the models, until measured
 
 
@@ -89,8 +90,8 @@ class DrafterFactory:
         per_sequence = context + max(sizes) + 1 + self.target.blocks.block_size
         batches = [b for b in (1, 4, 16) if b * per_sequence <= room] or [1]
         return measure_profile(
-            self.target, draft.runner, sizes=sizes, batches=batches, context_tokens=context, repeats=3,
-            overhead_ms=SAMPLING_MS,
+            self.target, draft, sizes=sizes, batches=batches, context_tokens=context, repeats=3,
+            overhead_ms=SAMPLING_MS, budget_s=PROFILE_S,
         )  # fmt: skip
 
     def _specinfer(self, config: SpeculativeConfig) -> SpecInferDrafter:

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+FEW = 1e-6  # share of a distribution below which what is left of it is summed anew instead of subtracted
+
 
 def without_replacement(
     target_W: np.ndarray, draft_W: np.ndarray, tokens: Sequence[int], uniforms: np.ndarray
@@ -91,10 +93,23 @@ def draw(weights_W: np.ndarray, uniform: float) -> int:
 
 
 def draw_without_replacement(draft_W: np.ndarray, count: int, uniforms: np.ndarray) -> list[int]:
-    """The first `count` distinct tokens of sequential draws (fewer when the vocabulary has no more); the drawing side of the rule."""
-    seen: list[int] = []
-    draft = draft_W
+    """The first `count` distinct tokens of sequential draws (fewer when the vocabulary has no more); the drawing side of the rule.
+
+    One running sum serves all draws: a draw among what is left is a point of the sum with the seen tokens' pieces cut out.
+    """
+    edges = np.cumsum(draft_W)
+    left, seen = float(edges[-1]), []
     for i in range(min(count, len(draft_W))):
-        seen.append(draw(draft, uniforms[i]))
-        draft = _without(draft, seen)
+        token = -1
+        if left > FEW * edges[-1]:
+            point = float(uniforms[i]) * left
+            for other in sorted(seen):
+                if edges[other] - draft_W[other] > point:
+                    break
+                point += draft_W[other]
+            token = int(np.searchsorted(edges, point, side="right"))
+        if not 0 <= token < len(draft_W) or token in seen or draft_W[token] <= 0:  # rounding, or nothing is left
+            token = draw(_without(draft_W, seen) if seen else draft_W, uniforms[i])
+        seen.append(token)
+        left -= float(draft_W[token])
     return seen

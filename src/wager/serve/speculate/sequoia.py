@@ -12,6 +12,7 @@ Shape legend: L rows, W vocabulary.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,15 +24,18 @@ from wager.serve.request import Request
 from wager.serve.sampling.sampler import Row, Sampler
 from wager.serve.speculate.acceptance import AcceptanceCounter
 from wager.serve.speculate.draft_engine import DraftModel, NewNodes
-from wager.serve.speculate.drafter import noise
-from wager.serve.speculate.gate import Average
+from wager.serve.speculate.drafter import noise, softmax, top_tokens
 from wager.serve.speculate.hardware_profile import HardwareProfile
 from wager.serve.speculate.ratio import draw_without_replacement, without_replacement
 from wager.serve.speculate.tree_plan import GrowMap, plan_tree
 from wager.serve.token_tree import TokenTree
 
 FIRST_REPLAN, MAX_REPLAN = 64, 4096  # decisions between two plans
-OVERHEAD_WEIGHT = 0.05  # of a new measurement; an outlier (another process, a collection) must not decide
+OVERHEADS, OVERHEAD_QUANTILE = (
+    128,
+    0.2,
+)  # the profile holds the fastest passes, so what a step costs besides is read from fast steps too:
+# the mean would charge drafting with all that slows down any step
 
 
 @dataclass
@@ -66,7 +70,7 @@ class TreeChoice:
         self.counters = {greedy: AcceptanceCounter(width) for greedy in (False, True)}
         self._plans: dict[tuple[bool, int], GrowMap] = {}
         self._next_plan = FIRST_REPLAN
-        self._overhead = Average()
+        self._overheads: deque[float] = deque(maxlen=OVERHEADS)
         self._last: tuple[int, GrowMap] | None = None
 
     def timed(self, batch: int, step_ms: float) -> None:
@@ -75,7 +79,7 @@ class TreeChoice:
             return
         tree = self._last[1]
         passes_ms = self.profile.step_ms(batch, len(tree) + 1, tree.frontiers) - self.profile.overhead
-        self._overhead.add(max(0.0, step_ms - passes_ms), OVERHEAD_WEIGHT)
+        self._overheads.append(max(0.0, step_ms - passes_ms))
 
     @property
     def max_nodes(self) -> int:
@@ -102,17 +106,14 @@ class TreeChoice:
         if decisions >= self._next_plan:
             self._next_plan = decisions + min(self._next_plan, MAX_REPLAN)
             self._plans.clear()
-            if self._overhead.count:
-                self.profile = replace(self.profile, overhead=self._overhead.value)
+            if self._overheads:
+                self.profile = replace(self.profile, overhead=float(np.quantile(self._overheads, OVERHEAD_QUANTILE)))
         size = 1 << max(batch - 1, 0).bit_length()  # one plan per power of two
         if (greedy, size) not in self._plans:
-            tree = plan_tree(
+            self._plans[greedy, size] = plan_tree(  # whether to draft at all is the gate's to say
                 self.counters[greedy].p.tolist(), self.profile, batch=size, max_size=self.max_size, max_depth=self.max_depth,
-                max_branch=self.width,
+                max_branch=self.width, always=True,
             )  # fmt: skip
-            self._plans[greedy, size] = (
-                tree if len(tree) else GrowMap.chain(1)
-            )  # whether to draft at all is the gate's to say
         self._last = (batch, self._plans[greedy, size])
         return self._plans[greedy, size]
 
@@ -165,23 +166,16 @@ class SequoiaDrafter:
         """Fill the children of (request, node) pairs from their logits rows."""
         if any(self.sampler.shapes(g.request) for g, _ in parents):
             logits_LW = self.sampler.shaped(logits_LW, [Row(g.request, g.path(node)) for g, node in parents])
-        greedy = [i for i, (g, _) in enumerate(parents) if g.request.params.greedy]
-        if greedy:
-            rows = logits_LW if len(greedy) == len(parents) else logits_LW[greedy]
-            width = max(len(parents[i][0].map.children[parents[i][1] + 1]) for i in greedy)
-            top = rows.topk(min(width, rows.shape[1]), dim=-1).indices.tolist()
-            for i, tokens in zip(greedy, top, strict=True):
-                parents[i][0].fill(parents[i][1], tokens, None)
-        hot = [i for i, (g, _) in enumerate(parents) if not g.request.params.greedy]
-        if hot:
-            rows = logits_LW if len(hot) == len(parents) else logits_LW[hot]
-            temperature = torch.tensor([parents[i][0].request.params.temperature for i in hot], device=rows.device)
-            probs_LW = torch.softmax(rows.double() / temperature[:, None], -1).cpu().numpy()
-            for i, probs_W in zip(hot, probs_LW, strict=True):
-                g, node = parents[i]
-                children = g.map.children[node + 1]
-                tokens = draw_without_replacement(probs_W, len(children), g.numbers(children))
-                g.fill(node, tokens, probs_W)
+        rows_LW = logits_LW.cpu().numpy()
+        width = max((len(g.map.children[n + 1]) for g, n in parents if g.request.params.greedy), default=0)
+        best = top_tokens(rows_LW, width) if width else None
+        for i, (g, node) in enumerate(parents):
+            if best is not None and g.request.params.greedy:
+                g.fill(node, best[i], None)
+                continue
+            children = g.map.children[node + 1]
+            probs_W = softmax(rows_LW[i], g.request.params.temperature)
+            g.fill(node, draw_without_replacement(probs_W, len(children), g.numbers(children)), probs_W)
 
     def committed(self, request: Request, path: Sequence[int]) -> None:
         g = self._proposed.pop(request.id)

@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from wager.serve.request import Request
 from wager.serve.sampling.sampler import Row, Sampler
 from wager.serve.speculate.draft_engine import DraftModel, NewNodes
-from wager.serve.speculate.drafter import noise
+from wager.serve.speculate.drafter import noise, softmax, top_tokens
 from wager.serve.speculate.ratio import draw, independent
 from wager.serve.token_tree import TokenTree, visible_of
 
@@ -55,6 +54,7 @@ class GrownTree:
     draws: dict[int, list[tuple[int, np.ndarray]]] = field(default_factory=dict)
     row_of: dict[int, int] = field(default_factory=dict)
     frontier: list[int] = field(default_factory=list)
+    index: dict[tuple[int, int], int] = field(default_factory=dict)  # (parent, token) to node
 
     def path(self, node: int) -> tuple[int, ...]:
         """Tokens from below the root down to `node`."""
@@ -66,12 +66,11 @@ class GrownTree:
 
     def child(self, parent: int, token: int) -> int:
         """The child of `parent` with this token, made if it is new."""
-        for node in range(parent + 1, len(self.tokens)):
-            if self.parents[node] == parent and self.tokens[node] == token:
-                return node
-        self.tokens.append(token)
-        self.parents.append(parent)
-        return len(self.tokens) - 1
+        node = self.index.setdefault((parent, token), len(self.tokens))
+        if node == len(self.tokens):
+            self.tokens.append(token)
+            self.parents.append(parent)
+        return node
 
 
 def merge(trees: Sequence[GrownTree], max_draws: int) -> tuple[TokenTree, Candidates, list[dict[int, int]]]:
@@ -175,20 +174,20 @@ class SpecInferDrafter:
         if any(self.sampler.shapes(request) for request, _ in active):
             rows = [Row(request, tree.path(node)) for request, tree in active for node in tree.frontier]
             logits_LW = self.sampler.shaped(logits_LW, rows)
-        row = 0
+        rows_LW, row = logits_LW.cpu().numpy(), 0
         for request, tree in active:
             parents = tree.frontier
-            mine = logits_LW[row : row + len(parents)]
+            mine = rows_LW[row : row + len(parents)]
             row += len(parents)
             if request.params.greedy:
-                picks = mine.topk(min(width, mine.shape[1]), -1).indices.tolist()
+                picks = top_tokens(mine, width).tolist()
                 probs: list[np.ndarray | None] = [None] * len(parents)
             else:
-                probs_LW = torch.softmax(mine.double() / request.params.temperature, -1).cpu().numpy()
+                probs_LW = [softmax(logits_W, request.params.temperature) for logits_W in mine]
                 seed = self.sampler.seed_of(request) ^ (number + 1) * 0x9E37 ^ (step + 1) * 0x79B97F
                 numbers = noise(seed, request.num_tokens, len(parents) * width).reshape(len(parents), width)
                 picks = [[draw(p, u) for u in us] for p, us in zip(probs_LW, numbers, strict=True)]
-                probs = list(probs_LW)
+                probs = [*probs_LW]
             following: list[int] = []
             for parent, tokens, probs_W in zip(parents, picks, probs, strict=True):
                 for token in tokens:

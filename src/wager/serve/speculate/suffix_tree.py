@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,7 +34,7 @@ _SIGNATURES = {
     "wager_matcher_new": (_P, (_P,)),
     "wager_matcher_free": (None, (_P,)),
     "wager_suffix_extend": (None, (_P, _I, _P, _I, _P, _I)),
-    "wager_suffix_speculate": (_I, (_P, _I, _P, _I, _I, _P, _P, _P, _P, _P)),
+    "wager_suffix_speculate": (_I, (_P,)),
 }
 
 
@@ -49,6 +50,13 @@ def library() -> ctypes.CDLL:
 
 class _Limits(ctypes.Structure):
     _fields_ = [("tokens", _I), ("factor", _F), ("offset", _F), ("min_probability", _F), ("branch", _I)]
+
+
+class _Query(ctypes.Structure):
+    _fields_ = [
+        ("own", _P), ("matcher", _P), ("own_seq", _I), ("seq", _I), ("local", _I), ("limits", _Limits), ("tokens", _P), ("parents", _P),
+        ("probabilities", _P), ("score", _F), ("match", _I), ("from_shared", _I),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,7 @@ class DraftLimits:
             )
 
 
-@dataclass(frozen=True)
-class SuffixDraft:
+class SuffixDraft(NamedTuple):
     """tokens, parents (-1: follows the context), estimated probability of each being reached; score is their sum."""
 
     tokens: np.ndarray
@@ -153,8 +160,11 @@ class SuffixSession:
         self.own_sequence = self.own.open()
         self.sequence = shared.open() if shared is not None and share else -1
         self._matcher = self._lib.wager_matcher_new(shared.handle) if shared is not None else None
-        self._room = 0
-        self._info = np.zeros(3, np.float32)
+        self._query = _Query(self.own.handle, self._matcher, self.own_sequence, self.sequence)
+        self._asked = ctypes.byref(self._query)
+        self._limits: DraftLimits | None = None
+        self._new = np.zeros(64, np.int32)
+        self._new_at = self._new.ctypes.data
 
     def __del__(self):
         if getattr(self, "_matcher", None):
@@ -162,31 +172,35 @@ class SuffixSession:
 
     def extend(self, tokens: Sequence[int], output: bool) -> None:
         """New tokens of the text; those of the output also go into the shared tree."""
-        ids = np.array(tokens, dtype=np.int32)
+        count = len(tokens)
+        if count > len(self._new):
+            self._new = np.zeros(count, np.int32)
+            self._new_at = self._new.ctypes.data
+        self._new[:count] = tokens
         sequence = self.sequence if output else -1
-        self._lib.wager_suffix_extend(
-            self.own.handle, self.own_sequence, self._matcher, sequence, ids.ctypes.data, len(ids)
-        )
+        self._lib.wager_suffix_extend(self.own.handle, self.own_sequence, self._matcher, sequence, self._new_at, count)
 
     def speculate(self, limits: DraftLimits, local: bool = True) -> SuffixDraft:
         """The draft with the highest expected number of accepted tokens under the counts; it may be empty. local: look into the
         request's own tree too."""
-        if limits.max_tokens > self._room:
-            self._room = limits.max_tokens
-            self._tokens, self._parents = np.zeros(self._room, np.int32), np.zeros(self._room, np.int32)
-            self._probabilities = np.zeros(self._room, np.float32)
-            arrays = (self._tokens, self._parents, self._probabilities, self._info)
-            self._out = tuple(array.ctypes.data for array in arrays)
-        native = _Limits(limits.max_tokens, limits.factor, limits.offset, limits.min_probability, int(limits.branch))
-        count = self._lib.wager_suffix_speculate(
-            self.own.handle, self.own_sequence, self._matcher, self.sequence, int(local), ctypes.byref(native), *self._out
-        )  # fmt: skip
-        score, match, from_shared = self._info.tolist()
+        query = self._query
+        if limits is not self._limits:
+            self._limit(limits)
+        query.local = local
+        count = self._lib.wager_suffix_speculate(self._asked)
         return SuffixDraft(
-            self._tokens[:count].astype(np.int64),
-            self._parents[:count].copy(),
-            self._probabilities[:count].copy(),
-            score,
-            int(match),
-            bool(from_shared),
+            self._tokens[:count].copy(), self._parents[:count].copy(), self._probabilities[:count].copy(), query.score, query.match,
+            bool(query.from_shared),
+        )  # fmt: skip
+
+    def _limit(self, limits: DraftLimits) -> None:
+        """Limits hold for many drafts: hand them over once, and make room for what they allow."""
+        room = limits.max_tokens
+        self._tokens, self._parents = np.zeros(room, np.int64), np.zeros(room, np.int32)
+        self._probabilities = np.zeros(room, np.float32)
+        query = self._query
+        query.tokens, query.parents, query.probabilities = (
+            array.ctypes.data for array in (self._tokens, self._parents, self._probabilities)
         )
+        query.limits = _Limits(room, limits.factor, limits.offset, limits.min_probability, int(limits.branch))
+        self._limits = limits

@@ -7,6 +7,8 @@ from pathlib import Path
 from wager.errors import UsageError
 from wager.serve.speculate.tree_plan import GrowMap
 
+LABELLED = 48  # guesses up to which every node bears its chance
+
 
 def draw_tree(tree: GrowMap, path: str | Path) -> None:
     """Write an SVG or PNG. Raises UsageError when matplotlib is missing or the suffix is neither."""
@@ -25,10 +27,16 @@ def draw_tree(tree: GrowMap, path: str | Path) -> None:
     scores = [1.0, *(tree.scores or [0.5] * len(tree))]
     xs, ys = [x for x, _ in place], [y for _, y in place]
     axes.scatter(xs, ys, s=[30 + 170 * s for s in scores], c=scores, cmap="viridis_r", vmin=0, vmax=1, zorder=2)
+    if len(tree) <= LABELLED:
+        for x, y, score in zip(xs, ys, scores, strict=True):
+            label = f"{score:.2f}".removeprefix("0") if score < 1 else "1"
+            axes.annotate(label, (x, y), (7, 4), textcoords="offset points", fontsize=6, color="0.3")
     title = f"{len(tree)} guesses, {tree.depth} draft steps"
     if tree.expected_tokens:
-        title += f": {tree.expected_tokens:.2f} tokens/step, {tree.expected_speedup:.2f}x expected"
-    axes.set_title(title, fontsize=9)
+        title += f": {tree.expected_tokens:.2f} tokens/step"
+    if tree.expected_speedup:
+        title += f", {tree.expected_speedup:.2f}x expected"
+    axes.set_title(f"{title}\nnodes: chance of being committed", fontsize=9)
     axes.axis("off")
     figure.savefig(path, bbox_inches="tight")
 

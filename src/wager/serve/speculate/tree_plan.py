@@ -288,15 +288,17 @@ def plan_tree(
     max_depth: int = 8,
     max_branch: int = 16,
     sizes: Sequence[int] | None = None,
+    always: bool = False,
 ) -> GrowMap:
-    """The tree with the highest expected speed-up over plain decoding at this batch size; a tree of no guesses when none pays.
+    """The tree with the highest expected speed-up over plain decoding at this batch size; a tree of no guesses when none pays, unless
+    one is wanted `always`.
 
     Speed-up = F * t_plain / (t_target(batch, n) + the draft's passes + what a drafted step costs besides), all measured.
     """
     sizes = [n for n in (sizes or SIZES) if n <= max_size]
     tables = TreeTables(list(p)[:max_branch], max(sizes, default=1), max_depth + 1)
     plain_ms = profile.target_ms(batch, 1)
-    best = GrowMap((), (), 1.0, 1.0)
+    best = GrowMap((), (), 1.0, 0.0 if always else 1.0)
     for n in sizes:
         for levels in range(2, max_depth + 2):
             if n < levels or not np.isfinite(tables.expected_tokens(n, levels)):

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from wager.serve.outputs import TokenLogprobs
 from wager.serve.request import Request
+from wager.serve.sampling.filters import most_likely
 from wager.serve.sampling.sampler import Row, Sampler
+from wager.serve.speculate.drafter import softmax
 from wager.serve.token_tree import TokenTree
 
 
@@ -114,6 +116,8 @@ class _Walk:
 
 def verify(items: Sequence[Verifying], logits_LW: Tensor, sampler: Sampler) -> list[Verdict]:
     """Walk every request's tree. Tokens beyond one that ends the request may be among the verdict's; the caller cuts them."""
+    if all(_plainly_greedy(item, sampler) for item in items):
+        return _greedy(items, logits_LW)
     walks = [_Walk(item, [[]] if item.tree is None else item.tree.children(), Verdict()) for item in items]
     active = list(walks)
     while active:
@@ -132,6 +136,30 @@ def verify(items: Sequence[Verifying], logits_LW: Tensor, sampler: Sampler) -> l
     return [w.verdict for w in walks]
 
 
+def _plainly_greedy(item: Verifying, sampler: Sampler) -> bool:
+    """Whether the target's choice at every node is its most likely token and nothing but the token is wanted."""
+    params = item.request.params
+    return params.greedy and params.logprobs is None and not sampler.shapes(item.request)
+
+
+def _plainly_sampled(item: Verifying, sampler: Sampler) -> bool:
+    """Whether the target's distribution is a softmax at a temperature and nothing more."""
+    p = item.request.params
+    filtered = p.min_p > 0 or p.top_k > 0 or p.top_p < 1
+    return not (p.greedy or filtered or sampler.shapes(item.request))
+
+
+def _greedy(items: Sequence[Verifying], logits_LW: Tensor) -> list[Verdict]:
+    """All choices at once: one search beats a walk that asks at every node."""
+    chosen_L = most_likely(logits_LW).cpu().numpy()
+    verdicts = []
+    for item in items:
+        nodes = 0 if item.tree is None else len(item.tree)
+        path, tokens = sample_and_match(item.tree, chosen_L[item.first : item.first + nodes + 1])
+        verdicts.append(Verdict(path, tokens, [None] * len(tokens)))
+    return verdicts
+
+
 def _match(walks: Sequence[_Walk], logits_LW: Tensor, sampler: Sampler) -> None:
     sampled = sampler.sample(logits_LW, [Row(w.item.request, w.guesses) for w in walks])
     for walk, token, logprobs in zip(walks, sampled.tokens_L.tolist(), sampled.logprobs, strict=True):
@@ -145,7 +173,11 @@ def _match(walks: Sequence[_Walk], logits_LW: Tensor, sampler: Sampler) -> None:
 
 def _by_ratio(walks: Sequence[_Walk], logits_LW: Tensor, sampler: Sampler) -> None:
     rows = [Row(w.item.request, w.guesses) for w in walks]
-    probs_LW = sampler.probabilities(logits_LW, rows).double().cpu().numpy()
+    if all(_plainly_sampled(walk.item, sampler) for walk in walks):
+        logits = logits_LW.cpu().numpy()
+        probs_LW = [softmax(row, w.item.request.params.temperature) for row, w in zip(logits, walks, strict=True)]
+    else:
+        probs_LW = sampler.probabilities(logits_LW, rows).double().cpu().numpy()
     tokens = []
     for walk, target_W in zip(walks, probs_LW, strict=True):
         tree, draft, row = walk.item.tree, walk.ratio, walk.row

@@ -454,6 +454,8 @@ struct Draft {
     std::vector<float> probabilities;
     float score = 0;
     int32_t match = 0;
+
+    void clear() { tokens.clear(), parents.clear(), probabilities.clear(), score = 0, match = 0; }
 };
 
 void follow_path(const Tree& tree, int32_t node, int32_t offset, int32_t budget, float least, Draft& draft) {
@@ -510,7 +512,7 @@ void grow_tree(const Tree& tree, int32_t node, int32_t offset, int32_t budget, f
 // same occurrences, hence the same continuation: it is left out unless the depth cut the longer one's draft.
 template <class Place>
 void best_draft(const Tree& tree, int32_t longest, const Place& place, const Limits& limits, Draft& best) {
-    Draft draft;
+    static thread_local Draft draft;
     int32_t known_count = -1;
     for (int32_t m = longest; m >= 1; m--) {
         int32_t budget = std::min<int32_t>(limits.tokens, (int32_t)(limits.factor * (float)m + limits.offset));
@@ -518,11 +520,11 @@ void best_draft(const Tree& tree, int32_t longest, const Place& place, const Lim
         if ((float)(tree.depth - m) <= best.score) continue;  // no string is longer than the depth
         int32_t node, offset;
         if (!place(m, node, offset) || tree.nodes[node].count == known_count) continue;
-        draft.tokens.clear(), draft.parents.clear(), draft.probabilities.clear(), draft.score = 0;
+        draft.clear();
         (limits.branch ? grow_tree : follow_path)(tree, node, offset, budget, limits.min_probability, draft);
         draft.match = m;
         known_count = m + (int32_t)draft.tokens.size() < tree.depth ? tree.nodes[node].count : -1;
-        if (draft.score > best.score) best = draft;
+        if (draft.score > best.score) std::swap(best, draft);
     }
 }
 
@@ -563,29 +565,44 @@ void wager_suffix_extend(Tree* own, int32_t own_seq, Matcher* matcher, int32_t s
     }
 }
 
-// The better of the two trees' drafts; ties go to the request's own. Returns the number of tokens; info: score, match length, 1 if shared.
-int32_t wager_suffix_speculate(const Tree* own, int32_t own_seq, Matcher* matcher, int32_t seq, int32_t local, const Limits* limits, int32_t* tokens,
-                               int32_t* parents, float* probabilities, float* info) {
-    Draft mine, shared;
-    if (local) best_draft(*own, active(*own, own_seq), [&](int32_t m, int32_t& node, int32_t& offset) { return own_place(*own, own_seq, m, node, offset), true; },
-               *limits, mine);
-    if (matcher) {
-        int32_t covered = seq < 0 ? 0 : active(*matcher->tree, seq);
+// A running request's question. `tokens`, `parents` and `probabilities` have room for limits.tokens; the other fields below it are answers.
+struct Query {
+    const Tree* own;
+    Matcher* matcher;  // null: no shared tree
+    int32_t own_seq, seq, local;  // seq < 0: not part of the shared tree. local: look into the request's own tree too
+    Limits limits;
+    int64_t* tokens;
+    int32_t* parents;
+    float* probabilities;
+    float score;
+    int32_t match, from_shared;
+};
+
+// The better of the two trees' drafts; ties go to the request's own. Returns the number of tokens.
+int32_t wager_suffix_speculate(Query* q) {
+    static thread_local Draft mine, shared;
+    mine.clear(), shared.clear();
+    if (q->local) {
+        auto place = [&](int32_t m, int32_t& node, int32_t& offset) { return own_place(*q->own, q->own_seq, m, node, offset), true; };
+        best_draft(*q->own, active(*q->own, q->own_seq), place, q->limits, mine);
+    }
+    if (Matcher* matcher = q->matcher) {
+        int32_t covered = q->seq < 0 ? 0 : active(*matcher->tree, q->seq);
         matcher->lengthen(covered);
         int32_t longest = std::max(covered, (int32_t)matcher->cursors.size() - 1);
         auto place = [&](int32_t m, int32_t& node, int32_t& offset) {
             if (m > covered) return matcher->place(m, node, offset);
-            own_place(*matcher->tree, seq, m, node, offset);
+            own_place(*matcher->tree, q->seq, m, node, offset);
             return true;
         };
-        best_draft(*matcher->tree, longest, place, *limits, shared);
+        best_draft(*matcher->tree, longest, place, q->limits, shared);
     }
-    bool take_shared = shared.score > mine.score;
-    const Draft& draft = take_shared ? shared : mine;
-    std::copy(draft.tokens.begin(), draft.tokens.end(), tokens);
-    std::copy(draft.parents.begin(), draft.parents.end(), parents);
-    std::copy(draft.probabilities.begin(), draft.probabilities.end(), probabilities);
-    info[0] = draft.score, info[1] = (float)draft.match, info[2] = take_shared;
+    q->from_shared = shared.score > mine.score;
+    const Draft& draft = q->from_shared ? shared : mine;
+    std::copy(draft.tokens.begin(), draft.tokens.end(), q->tokens);
+    std::copy(draft.parents.begin(), draft.parents.end(), q->parents);
+    std::copy(draft.probabilities.begin(), draft.probabilities.end(), q->probabilities);
+    q->score = draft.score, q->match = draft.match;
     return (int32_t)draft.tokens.size();
 }
 }
