@@ -202,7 +202,10 @@ def throughput(
 @app.command()
 def steps(
     log: Annotated[Path, typer.Argument(metavar="LOG", help="A step log: what `wager serve --step-log LOG` wrote.")],
-    holdout: Annotated[float, typer.Option(help="Share of the steps, the latest ones, that the error is measured on.", min=0.05, max=0.9)] = 0.2,
+    holdout: Annotated[
+        float,
+        typer.Option(help="Share of the steps, the latest ones, that the error is measured on.", min=0.05, max=0.9),
+    ] = 0.2,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the fitted cost here, as JSON.")] = None,
 ) -> None:
     """Fit what a step costs to a server's step log, and say how well that predicts steps it has not seen."""
@@ -213,7 +216,9 @@ def steps(
     names = ["a step", "a token", *(f"a token beyond {hinge}" for hinge in HINGES), "a cached token", "a request"]
     for name, ms in zip(names, cost.coefficients, strict=True):
         print(f"{name + ':':<22} {ms:.4g} ms")
-    print(f"error on the last {holdout:.0%} of {len(records)} steps: {cost.median_error:.1%} median, {cost.p90_error:.1%} P90")
+    print(
+        f"error on the last {holdout:.0%} of {len(records)} steps: {cost.median_error:.1%} median, {cost.p90_error:.1%} P90"
+    )
     if output is not None:
         cost.save(output)
         print(f"wrote {output}")
