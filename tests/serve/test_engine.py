@@ -66,7 +66,7 @@ def test_logprobs_have_the_same_bits_in_any_batch(tiny_dir, dtype):
     assert logprobs(crowded, PROMPTS) == alone
 
 
-def test_a_float8_cache_holds_twice_as_much_and_stays_near(tiny_dir):
+def test_a_float8_cache_holds_twice_as_much_and_stays_near(tiny_dir, tiny_draft_dir):
     """Its log-probabilities are those of the wider cache within its rounding, in whatever chunks the prompt comes."""
     options = {"dtype": "bfloat16", "kv_cache_memory": 1 << 16}
     wide, narrow = LLM(str(tiny_dir), **options), LLM(str(tiny_dir), kv_cache_dtype="fp8", **options)
@@ -84,6 +84,9 @@ def test_a_float8_cache_holds_twice_as_much_and_stays_near(tiny_dir):
     exact, rounded = np.array(logprobs(wide)), np.array(logprobs(narrow))
     assert 0 < np.abs(exact - rounded).mean() < 0.1
     assert np.allclose(logprobs(chunked), rounded, atol=0.02)
+    guessing = {"draft": str(tiny_draft_dir), "auto": False}
+    drafted = LLM(str(tiny_dir), dtype="bfloat16", kv_cache_dtype="fp8", speculative_config=guessing)
+    assert tokens_of(drafted.generate(PROMPTS, greedy(20))) == tokens_of(chunked.generate(PROMPTS, greedy(20)))
     with pytest.raises(UsageError, match="kv_cache_dtype 'int3' is unknown"):
         LLM(str(tiny_dir), kv_cache_dtype="int3")
 

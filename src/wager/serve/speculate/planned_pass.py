@@ -193,7 +193,7 @@ class PlannedPass:
             key_dim=spec.key_dim, value_dim=spec.value_dim, block_size=self.block_size, window=spec.window or 0, words=words,
             scale=spec.scale, softcap=spec.softcap or 0.0, threads=threads,
         )  # fmt: skip
-        return getattr(native.library(), f"wager_attention_{native.SUFFIX[k_pool.dtype]}"), (ctypes.byref(a),)
+        return getattr(native.library(), f"wager_attention_{native.POOL_SUFFIX[k_pool.dtype]}"), (ctypes.byref(a),)
 
     def _head(self, count: int, rows: np.ndarray) -> LinearArgs:
         key = (count, at(rows))
