@@ -72,8 +72,11 @@ def test_a_plan_runs_on_ray(cluster):
     assert ray.is_initialized()  # a cluster that was joined before is left as it was
 
 
-def test_an_absent_cluster_is_said_so():
-    if ray.is_initialized():
-        ray.shutdown()
-    with pytest.raises(UsageError, match="no Ray cluster at"):
-        nearest(None, points(1, 20, 2, "plain"), 2, Execution(ray_address="127.0.0.1:1"))
+def test_an_absent_cluster_is_said_so(monkeypatch):
+    def refuse(**_):
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(UsageError, match="no Ray cluster at 'far:6379'.*ray start --head"):
+        nearest(None, points(1, 20, 2, "plain"), 2, Execution(ray_address="far:6379"))

@@ -208,7 +208,7 @@ def axes(execution: Execution, x_ND: np.ndarray, standardize: bool, count: int) 
     triangle = np.linalg.qr(z, mode="r") if n > 2 * z.shape[1] else z  # the same singular values, in fewer rows
     _, singular, components = np.linalg.svd(triangle, full_matrices=False)
     variance = singular**2 / (n - 1)
-    keep = variance > max(z.shape) * np.finfo(float).eps * variance.max(initial=0)
+    keep = singular > max(z.shape) * np.finfo(float).eps * singular.max(initial=0)  # the usual numerical rank
     if not keep.any():
         raise DataError("all features are constant; PCA has no direction to look along")
     total = variance.sum()
