@@ -218,7 +218,7 @@ def main() -> None:
     args = parser.parse_args()
     quick = args.quick
     model = ensure(args.model.with_name(args.model.name + "-tiny") if quick else args.model, tiny=quick)
-    facts, pictures = validate(model, args.data, *((10.0, {3: 1}) if quick else (60.0, {6: 2, 3: 1})), shrink=8)
+    facts, pictures = validate(model, args.data, *((10.0, {3: 1}) if quick else (60.0, {6: 1, 3: 1})), shrink=8)
     draw(pictures, picture_path("cluster", "simulator"))
     Report("cluster", "simulator", [], facts=facts).save()  # minutes of real time: kept whatever comes next
     facts["helix"] = against_published(args.data, 120.0 if quick else 660.0)
