@@ -164,7 +164,8 @@ def main() -> None:
     asked = [(name, segment, None, segment in BURSTY) for name in MODELS for segment in segments]
     asked += [(name, segment, seed, False) for name in MODELS for segment in bursty for seed in range(seeds)]
     with ProcessPoolExecutor(args.workers) as pool:
-        running = [pool.submit(case, args.data, *one) for one in asked]
+        submitted = {one: pool.submit(case, args.data, *one) for one in reversed(asked)}
+        running = [submitted[one] for one in asked]
         groups: dict[tuple, list[dict]] = {}
         for one, future in zip(asked, running, strict=True):
             groups.setdefault((one[0], one[1], one[2] is None), []).append(future.result())

@@ -137,6 +137,17 @@ def test_conservation_under_churn_and_short_memory(requests, blocks, churn, limi
         assert sum(r.restarts for r in timeline.records) == 0
 
 
+def test_a_machine_that_comes_back_keeps_its_first_life_in_the_picture():
+    changes = [Change(2.0, leave=("a",)), Change(5.0, join=(node("a", 0),))]
+    sim = simulator([Arrival(0.5 * i, 4, 4) for i in range(20)], changes=changes)
+    sim.keep_busy = True
+    timeline = sim.run()
+    begun = [start for start, _, _ in timeline.busy["a"]]
+    assert begun == sorted(begun) and begun[0] < 2.0 and begun[-1] > 5.0
+    assert timeline.node_up_s["a"] == pytest.approx(timeline.end_s - 3.0)
+    assert timeline.node_busy_s["a"] == pytest.approx(sum(end - start for start, end, _ in timeline.busy["a"]))
+
+
 def test_lost_machines_cost_recomputation_and_nothing_else():
     requests = [Arrival(0.0, 10, 30)] * 4
     nodes = [node("a", 0), node("a2", 0), node("b", 2)]

@@ -347,15 +347,21 @@ class Simulator:
 
     def _timeline(self) -> Timeline:
         every = [*self._gone, *self.nodes.values()]
-        up = [(n, (self.now_s if n.left_s is None else n.left_s) - n.joined_s) for n in every]
+        lives: dict[str, list[Live]] = {}
+        for node in every:  # a machine that left and joined again has lived twice
+            lives.setdefault(node.model.name, []).append(node)
+
+        def up_s(node: Live) -> float:
+            return (self.now_s if node.left_s is None else node.left_s) - node.joined_s
+
         return Timeline(
             records=self.records,
             end_s=self.now_s,
-            busy={n.model.name: n.busy for n in every},
-            node_busy_s={n.model.name: n.busy_s for n in every},
-            node_up_s={n.model.name: seconds for n, seconds in up},
-            kv_peak={n.model.name: n.kv_peak / n.model.kv_capacity for n in every},
-            cost_usd=sum(n.model.usd_per_h * seconds / 3600 for n, seconds in up),
+            busy={name: [interval for n in its for interval in n.busy] for name, its in lives.items()},
+            node_busy_s={name: sum(n.busy_s for n in its) for name, its in lives.items()},
+            node_up_s={name: sum(map(up_s, its)) for name, its in lives.items()},
+            kv_peak={name: max(n.kv_peak / n.model.kv_capacity for n in its) for name, its in lives.items()},
+            cost_usd=sum(n.model.usd_per_h * up_s(n) / 3600 for n in every),
             events=self.events,
             batches=sum(n.batches for n in every),
         )

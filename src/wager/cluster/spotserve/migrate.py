@@ -114,10 +114,13 @@ class Migrate:
         best = controller.choose(
             model, len(self._devices()), wanted, output, self.cloud.device_memory_bytes, self.mover.context
         )
-        outgrown = wanted > controller.throughput(model, layout, output)
         if best is None or best == layout:
             return
-        if outgrown or not self.service.queue:
+        reach = [controller.throughput(model, c, output) for c in (layout, best)]
+        seconds = [controller.request_s(model, c, output, rate) for c in (layout, best)]
+        outgrown = wanted > reach[0] and reach[1] > reach[0] * (1 + STAYING)
+        calm = not self.service.queue and seconds[1] < seconds[0] * (1 - STAYING)
+        if outgrown or calm:
             self._decide(at, needless=True)
 
     def stop(self, at: float) -> None:
