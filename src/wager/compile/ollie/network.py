@@ -254,7 +254,7 @@ def _site(
 
 
 def _rank(contenders: list[Contender], calls: Mapping[str, Callable[[], Any]]) -> None:
-    """Times all, drops what is far behind, times the rest again; fastest first, the library first where the noise hides the difference."""
+    """Times all, drops what is far behind, times the rest again; fastest first, with ties for the library and the native forms."""
     if len(contenders) == 1:
         return
     first = time_together(calls, rounds=5, warmup=1, budget_s=1.0).medians_s
@@ -263,8 +263,12 @@ def _rank(contenders: list[Contender], calls: Mapping[str, Callable[[], Any]]) -
     medians = first | timing.medians_s
     for c in contenders:
         c.seconds = medians[c.name]
-    slack = 1 - min(timing.noise, 0.05)
-    contenders.sort(key=lambda c: c.seconds * (slack if c.name == "library" else 1.0))
+    library_bonus, native_bonus = (
+        1 - min(timing.noise, 0.05),
+        0.95,
+    )  # a native form spares its neighbours calls and layout changes
+    bonus = {c.name: library_bonus if c.name == "library" else native_bonus if c.form else 1.0 for c in contenders}
+    contenders.sort(key=lambda c: c.seconds * bonus[c.name])
 
 
 def _natives(scope: Scope, fused: Fused) -> tuple[list[Contender], tuple[str, ...]]:
