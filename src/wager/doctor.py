@@ -140,7 +140,7 @@ def check_browser() -> Finding:
 
 CPU_OPERATORS = {
     "linear": "float32, bfloat16, float16 weights; int8, int4, nf4 and the codes of GGUF, GPTQ, AWQ",
-    "attention": "paged, float32 and bfloat16 pools",
+    "attention": "paged, float32 and bfloat16 pools: grouped and latent heads, token trees, windows, softcap, sinks, long contexts in pieces",
     "norm, rotation, gates, KV write": "float32 activations",
 }
 

@@ -30,6 +30,7 @@ STATIC = {
     "inherits the baseline": ("SiluAndMul", "from wager.kernels.referee.operators import SiluAndMul as Base\nclass SiluAndMul(Base):\n    pass\n"),
     "patches the clock": ("SiluAndMul", "time.perf_counter = lambda: 0.0\n" + _SILU + _RIGHT_SILU),
     "patches the comparison": ("SiluAndMul", "torch.allclose = lambda *a, **k: True\n" + _SILU + _RIGHT_SILU),
+    "patches the statistics": ("SiluAndMul", "import statistics\nstatistics.median = min\n" + _SILU + _RIGHT_SILU),
     "looks at the environment": ("SiluAndMul", "import os\nFAST = 'BENCH' in os.environ\n" + _SILU + _RIGHT_SILU),
     "looks at its caller": ("SiluAndMul", "import sys\n" + _SILU + "        sys._getframe(1)\n" + _RIGHT_SILU),
     "a thread does the work": ("SiluAndMul", "import threading\n" + _SILU + _RIGHT_SILU),
@@ -72,6 +73,7 @@ CONDUCT = {
     "the input under another shape": ("ReLU", "class ReLU(nn.Module):\n    def forward(self, x):\n        return x.view(-1).view(x.shape)\n"),
     "a subclass": ("SiluAndMul", "class Mine(torch.Tensor):\n    pass\n" + _SILU + "        return (F.silu(gate) * up).as_subclass(Mine)\n"),
     "patches behind a name": ("SiluAndMul", "module = torch\nmodule.equal = lambda a, b: True\n" + _SILU + _RIGHT_SILU),
+    "patches the statistics behind a name": ("SiluAndMul", "import statistics\nsums = statistics\nsums.median = min\n" + _SILU + _RIGHT_SILU),
     "wraps the clock behind a name": ("SiluAndMul", "clock = time\nclock.time = lambda: 0.0\n" + _SILU + _RIGHT_SILU),
 }  # fmt: skip
 

@@ -1,19 +1,21 @@
 // Attention of ragged spans over paged keys and values: prompt chunks, decode tokens and token trees in one kernel.
 //
-// Work is cut into (span, key/value head, tile of query tokens, piece of the keys). Each piece runs an online softmax in float32 over
+// Work is cut into (span, key/value heads, tile of query tokens, piece of the keys). Each piece runs an online softmax in float32 over
 // blocks of keys at fixed cache indices; pieces are combined in order. So a query's result depends on its keys alone, not on how queries
-// were grouped into chunks or batches.
+// were grouped into chunks or batches. Keys and values are read once for all query heads of their group; few queries take all heads of a
+// cache row in one go, as it lies in memory, many queries share a widened copy of one head's block.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "attention_tiles.h"
 #include "pool.h"
-#include "simd.h"
 
-constexpr int KEYS = 32;      // keys of a block
-constexpr int TILE = 32;      // query rows (tokens times heads of the group) of a tile, at most; more when one token has more heads
+constexpr int TILE = 64;      // query rows (tokens times heads of the group) of a tile, at most; more when one token has more heads
 constexpr int DIRECT = 8;      // query rows up to which bfloat16 keys are used where they lie
 constexpr long PIECE = 1024;  // keys of a piece, a multiple of KEYS
+constexpr long ROW_BYTES = 4096;  // of keys and values that an item takes of one token: a block and the next fit the second-level cache
+constexpr double SERIAL_PRODUCTS = 1 << 17;  // below, waking other threads costs more than they save
 
 struct Args {
     const float* q;  // [T, H, K], tokens q_token apart
@@ -33,16 +35,31 @@ struct Args {
 };
 
 struct Item {
-    int32_t span, kv_head, first, count;  // query tokens [first, first + count) of the span
+    int32_t span, head, heads, first, count;  // key/value heads [head, head + heads), query tokens [first, first + count) of the span
     int64_t key0, key1;
     int64_t partial;  // row of the partial results, -1: the only piece
 };
 
-static long rounded(long width) { return (width + VL - 1) / VL * VL; }
-
+// What one thread keeps of an item: for each head, for each query row (token, head of the group).
 struct Scratch {
-    std::vector<float> q, k, v, acc, top, total, scores;
+    std::vector<float> q, k, v, acc, top, totals, scores, rescale, fresh, bias;
 };
+
+// Sizes of an item. `copies`: blocks are widened first, which pays when many queries share them, or when rows have no whole number of pairs.
+struct Layout {
+    long group, rows, kp, vp;
+    bool copies, latent;  // latent: values are the first part of the keys
+};
+
+template <typename E>
+static Layout layout_of(const Args& a, const Item& item) {
+    Layout l;
+    l.group = a.heads / a.kv_heads, l.rows = item.count * l.group;
+    l.kp = padded_width(a.key_dim), l.vp = padded_width(a.value_dim);
+    l.copies = l.kp != a.key_dim || l.vp != a.value_dim || (sizeof(E) < 4 && l.rows > DIRECT);
+    l.latent = a.v_pool == a.k_pool && a.v_slot == a.k_slot && a.v_head == a.k_head && l.vp == a.value_dim && a.value_dim <= a.key_dim;
+    return l;
+}
 
 static bool visible(const Args& a, int32_t span, long i, long context, long key, long position) {
     long row0 = a.starts[span];
@@ -65,17 +82,23 @@ static long masked_keys(const Args& a, long row, long count) {
     return 0;
 }
 
-// Where the keys and values of a block lie: a row each, in the pools or in widened copies.
+// One over the softmax's denominator, for sums taken relative to `top`.
+static float inverse_total(const Args& a, long head, float top, float total) {
+    if (!(total > 0)) return 0.0f;
+    return 1.0f / (a.sinks ? total + std::exp(a.sinks[head] - top) : total);
+}
+
+// Where a block's keys and values of the item's first head lie. Rows past `count` repeat the last one: they may be read, and their scores are
+// thrown away.
 template <typename E>
 struct Rows {
     const E *k[KEYS], *v[KEYS];
 };
 
-// Rows past `count` repeat the last one: they may be read, and their scores are thrown away.
 template <typename E>
 static inline void find_rows(const Args& a, const Item& item, long key0, int count, Rows<E>& rows) {
     const int32_t* table = a.tables + item.span * a.table_width;
-    const E *k = (const E*)a.k_pool + item.kv_head * a.k_head, *v = (const E*)a.v_pool + item.kv_head * a.v_head;
+    const E *k = (const E*)a.k_pool + item.head * a.k_head, *v = (const E*)a.v_pool + item.head * a.v_head;
     int32_t page = (int32_t)key0 / (int32_t)a.block_size, inside = (int32_t)key0 % (int32_t)a.block_size;
     for (int j = 0; j < count; j++) {
         long slot = (long)table[page] * a.block_size + inside;
@@ -85,192 +108,155 @@ static inline void find_rows(const Args& a, const Item& item, long key0, int cou
     for (int j = count; j < KEYS; j++) rows.k[j] = rows.k[count - 1], rows.v[j] = rows.v[count - 1];
 }
 
+// `ahead` will fetch these rows, of all heads of the item they belong to, in `calls` calls.
 template <typename E>
-static inline void fetch_ahead(const E* const* rows, int count, long width) {
-    for (int j = 0; j < count; j++)
-        for (long byte = 0; byte < width * (long)sizeof(E); byte += 64) __builtin_prefetch((const char*)rows[j] + byte);
+static void aim(const Args& a, const Item& item, const Rows<E>& rows, int count, bool latent, long calls, Ahead& ahead) {
+    ahead.count = ahead.row = 0, ahead.at = 0, ahead.keys = count;
+    ahead.bytes[0] = ((item.heads - 1) * a.k_head + a.key_dim) * (long)sizeof(E);
+    ahead.bytes[1] = ((item.heads - 1) * a.v_head + a.value_dim) * (long)sizeof(E);
+    for (int j = 0; j < count; j++) ahead.add(rows.k[j]);
+    for (int j = 0; j < count && !latent; j++) ahead.add(rows.v[j]);
+    ahead.quota = ahead.lines() / calls + 1;
 }
 
-template <typename E>
-static void widen_rows(const E* const* rows, int count, long width, long padded, float* to) {
-    for (int j = 0; j < count; j++) {
-        long d = 0;
-        for (; d + VL <= width; d += VL) store(to + j * padded + d, load(rows[j] + d));
-        for (; d < width; d++) to[j * padded + d] = widen(rows[j][d]);
-    }
-}
-
-// Scores of ROWS queries with TOGETHER keys, UNIT apart, as lanes of `partial`: what is left to add is between different UNITs.
-template <int ROWS, int TOGETHER, typename E>
-static inline void score_tile(const float* q, long padded, const E* const* keys, vf* partial) {
-    constexpr int UNIT = VL / TOGETHER;
-    vf products[ROWS][TOGETHER] = {};
-    for (long d = 0; d < padded; d += VL)
-        for (int i = 0; i < TOGETHER; i++) {
-            vf x = load(keys[i * UNIT] + d);
-            for (int r = 0; r < ROWS; r++) products[r][i] += x * load(q + r * padded + d);
+// Scores of the keys that a token does not see become -inf, whatever they were: past the last key lie leftovers. `hidden` is the token's row,
+// 0 or -inf for each key of the block.
+static void hide(float* scores, long rows, const float* hidden) {
+    for (long r = 0; r < rows; r++)
+        for (int j = 0; j < KEYS; j += VL) {
+            vf which = load(hidden + j);
+            store(scores + r * KEYS + j, which == 0.0f ? load(scores + r * KEYS + j) : which);
         }
-    for (int r = 0; r < ROWS; r++) partial[r * UNIT] = sums<UNIT, UNIT>(products[r]);
 }
 
-// Scores of ROWS queries with a block of keys. Every score is one chain over the width per lane, then one tree over the lanes.
-template <int ROWS, typename E>
-static inline void scores_of(const float* q, long padded, const E* const* keys, int count, float scale, float* out) {
-    constexpr int TOGETHER = ROWS == 1 && VL > 4 ? 8 : ROWS > 3 && VL < 16 ? 2 : 4, UNIT = VL / TOGETHER;
-    for (int j = 0; j < count; j += VL) {
-        vf partial[ROWS * UNIT];
-        for (int u = 0; u < UNIT; u++) score_tile<ROWS, TOGETHER>(q, padded, keys + j + u, partial + u);
-        for (int r = 0; r < ROWS; r++) store(out + r * KEYS + j, join<UNIT>(partial + r * UNIT) * scale);
+// 0 for the keys [key, key + count) that a token sees, else -inf. False when it sees all KEYS keys, and then `hidden` is not written.
+static bool hidden_keys(const Args& a, const Item& item, long token, long key, int count, float* hidden) {
+    long context = a.contexts[item.span], position = a.positions[a.starts[item.span] + token];
+    bool windowed = a.window && key <= position - a.window;
+    if (count == KEYS && !windowed && key + KEYS <= context + (a.mask ? 0 : token + 1) && (!a.window || key + KEYS <= context)) return false;
+    if (!a.window && !a.mask) {
+        for (int j = 0; j < KEYS; j++) hidden[j] = j < count && key + j <= context + token ? 0.0f : -INFINITY;
+        return true;
     }
+    for (int j = 0; j < KEYS; j++) hidden[j] = j < count && visible(a, item.span, token, context, key + j, position) ? 0.0f : -INFINITY;
+    return true;
 }
 
-// acc = acc * rescale + p * values over `count` keys for ROWS queries and WIDTH vectors of the value; the sums stay in registers.
-template <int ROWS, int WIDTH, typename E>
-static inline void add_slice(const float* p, const E* const* values, int count, long d, long padded, float* acc, const float* rescale) {
-    vf sums[ROWS][WIDTH];
-    for (int r = 0; r < ROWS; r++)
-        for (int i = 0; i < WIDTH; i++) sums[r][i] = load(acc + r * padded + d + i * VL) * rescale[r];
-    for (int j = 0; j < count; j++)
-        for (int i = 0; i < WIDTH; i++) {
-            vf value = load(values[j] + d + i * VL);
-            for (int r = 0; r < ROWS; r++) sums[r][i] += value * p[r * KEYS + j];
-        }
-    for (int r = 0; r < ROWS; r++)
-        for (int i = 0; i < WIDTH; i++) store(acc + r * padded + d + i * VL, sums[r][i]);
-}
-
-template <int ROWS, typename E>
-static inline void add_values(const float* p, const E* const* values, int count, long padded, float* acc, const float* rescale) {
-    constexpr int WIDTH = VL < 16 && ROWS > 3 ? 2 : 4;  // so that the sums fit into the registers
-    long d = 0;
-    for (; d + WIDTH * VL <= padded; d += WIDTH * VL) add_slice<ROWS, WIDTH>(p, values, count, d, padded, acc, rescale);
-    for (; d < padded; d += VL) add_slice<ROWS, 1>(p, values, count, d, padded, acc, rescale);
-}
-
-// One over the softmax's denominator, for sums taken relative to `top`.
-static float inverse_total(const Args& a, long head, float top, float total) {
-    if (!(total > 0)) return 0.0f;
-    return 1.0f / (a.sinks ? total + std::exp(a.sinks[head] - top) : total);
-}
-
-// The softmax of ROWS queries takes in a block: `scores` become its weights, `rescale` what earlier sums must be multiplied with.
-static inline void weigh(float* scores, float& top, float& total, float& rescale) {
-    vf most = load(scores);
-    for (int j = VL; j < KEYS; j += VL) most = vmax(most, load(scores + j));
-    float highest_yet = std::max(top, highest(most));
-    rescale = top == highest_yet ? 1.0f : top == -INFINITY ? 0.0f : std::exp(top - highest_yet);
-    vf added{};
-    for (int j = 0; j < KEYS; j += VL) {
-        vf e = exp_v(load(scores + j) - highest_yet);
-        store(scores + j, e);
-        added += e;
-    }
-    total = total * rescale + sum(added);
-    top = highest_yet;
-}
-
-// ROWS query heads of one token, whose running softmax is in row r of the scratch, take in a block of `count` keys and values.
-template <int ROWS, typename E>
-static inline void take_in(const Args& a, Scratch& s, const Rows<E>& rows, int count, const bool* shown, long r, long kp, long vp) {
-    float *scores = s.scores.data(), rescale[ROWS];
-    scores_of<ROWS>(s.q.data() + r * kp, kp, rows.k, count, a.scale, scores);
-    for (int i = 0; i < ROWS; i++) {
-        float* p = scores + i * KEYS;
-        if (a.softcap > 0)
-            for (int j = 0; j < count; j++) p[j] = a.softcap * std::tanh(p[j] / a.softcap);
-        for (int j = shown ? 0 : count; j < KEYS; j++)
-            if (j >= count || !shown[j]) p[j] = -INFINITY;
-        weigh(p, s.top[r + i], s.total[r + i], rescale[i]);
-    }
-    add_values<ROWS>(scores, rows.v, count, vp, s.acc.data() + r * vp, rescale);
-}
-
-// All queries of an item take in a block. A query that sees none of its keys is left as it is.
+// All queries of one head take in a block of keys and values of type E at `k` and `v`.
 template <typename E>
-static void take_in_block(const Args& a, const Item& item, Scratch& s, const Rows<E>& rows, long key, int count, long kp, long vp) {
-    long group = a.heads / a.kv_heads, context = a.contexts[item.span], row0 = a.starts[item.span];
-    for (long i = 0; i < item.count; i++) {
-        long token = item.first + i, position = a.positions[row0 + token], r = i * group;
-        bool shown[KEYS], all = key + count <= context && (!a.window || key > position - a.window), any = all;
-        if (!all)
-            for (int j = 0; j < count; j++) any |= shown[j] = visible(a, item.span, token, context, key + j, position);
-        if (!any) continue;
-        const bool* which = all ? nullptr : shown;
-        long h = 0;
-        for (; h + 4 <= group; h += 4) take_in<4>(a, s, rows, count, which, r + h, kp, vp);
-        if (h + 3 == group) take_in<3>(a, s, rows, count, which, r + h, kp, vp);
-        if (h + 2 == group) take_in<2>(a, s, rows, count, which, r + h, kp, vp);
-        if (h + 1 == group) take_in<1>(a, s, rows, count, which, r + h, kp, vp);
+static void take_in(const Args& a, const Layout& l, Scratch& s, long head, const E* const* k, const E* const* v, int count, const bool* partly, Ahead& ahead) {
+    float *scores = s.scores.data(), *rescale = s.rescale.data(), *q = s.q.data() + head * l.rows * l.kp, *acc = s.acc.data() + head * l.rows * l.vp;
+    in_tiles(l.rows, [&](long r, auto rows) { scores_of<rows>(q + r * l.kp, l.kp, k, count, a.scale, scores + r * KEYS, ahead); });
+    if (a.softcap > 0)
+        for (long i = 0; i < l.rows * KEYS; i += VL) store(scores + i, softcap_v(load(scores + i), a.softcap));
+    for (long i = 0; i * l.group < l.rows; i++)
+        if (partly[i]) hide(scores + i * l.group * KEYS, l.group, s.bias.data() + i * KEYS);
+    weigh(scores, l.rows, s.top.data() + head * padded_width(l.rows), s.totals.data() + head * l.rows * VL, rescale, s.fresh.data());
+    for (long d = 0; d < l.vp;) {
+        bool wide = d + 2 * PAIR <= l.vp;
+        in_tiles(l.rows, [&](long r, auto rows) {
+            constexpr bool four = (rows == 4 || sizeof(E) < 4) && VL < 16;  // one pair of vectors, so that sums and mask fit the registers
+            if constexpr (!four)
+                if (wide) return add_slice<rows, 2>(scores + r * KEYS, v, count, d, l.vp, acc + r * l.vp, rescale + r);
+            add_slice<rows, 1>(scores + r * KEYS, v, count, d, l.vp, acc + r * l.vp, rescale + r);
+            if (four && wide) add_slice<rows, 1>(scores + r * KEYS, v, count, d + PAIR, l.vp, acc + r * l.vp, rescale + r);
+        });
+        ahead.fetch();
+        d += wide ? 2 * PAIR : PAIR;
     }
+}
+
+// All heads of an item take in a block.
+template <typename E>
+static void take_in_block(const Args& a, const Item& item, const Layout& l, Scratch& s, Rows<E> rows, long key, int count, Ahead& ahead) {
+    bool partly[TILE];
+    for (long i = 0; i < item.count; i++) partly[i] = hidden_keys(a, item, i + item.first, key, count, s.bias.data() + i * KEYS);
+    const float *k[KEYS], *v[KEYS];
+    for (int j = 0; j < KEYS; j++) k[j] = s.k.data() + j * l.kp, v[j] = l.latent ? k[j] : s.v.data() + j * l.vp;
+    for (long head = 0; head < item.heads; head++) {
+        if (l.copies) {
+            for (int j = 0; j < count; j++) widen_row(rows.k[j], a.key_dim, s.k.data() + j * l.kp);
+            for (int j = 0; j < count && !l.latent; j++) widen_row(rows.v[j], a.value_dim, s.v.data() + j * l.vp);
+            take_in(a, l, s, head, k, v, count, partly, ahead);
+        } else {
+            take_in(a, l, s, head, rows.k, rows.v, count, partly, ahead);
+        }
+        for (int j = 0; j < KEYS; j++) rows.k[j] += a.k_head, rows.v[j] += a.v_head;
+    }
+}
+
+template <typename E>
+static void prepare(const Args& a, const Item& item, const Layout& l, Scratch& s) {
+    long n = item.heads * l.rows, row0 = a.starts[item.span] + item.first;
+    s.q.assign(n * l.kp, 0.0f), s.acc.assign(n * l.vp, 0.0f), s.totals.assign(n * VL, 0.0f);
+    s.top.assign(item.heads * padded_width(l.rows), -INFINITY), s.rescale.resize(padded_width(l.rows)), s.fresh.assign(padded_width(l.rows), 0.0f);
+    s.scores.resize(l.rows * KEYS), s.bias.resize(item.count * KEYS);
+    if (l.copies) s.k.assign(KEYS * l.kp, 0.0f), s.v.assign(l.latent ? 0 : KEYS * l.vp, 0.0f);
+    for (long head = 0; head < item.heads; head++)
+        for (long r = 0; r < l.rows; r++) {
+            const float* from = a.q + (row0 + r / l.group) * a.q_token + ((item.head + head) * l.group + r % l.group) * a.key_dim;
+            float* to = s.q.data() + (head * l.rows + r) * l.kp;
+            for (long d = 0; d < a.key_dim; d++) to[place<E>(d)] = from[d];
+        }
+}
+
+// The results of an item: final rows of the output, or its row of the partial results (top, total, sums).
+template <typename E>
+static void finish(const Args& a, const Item& item, const Layout& l, const Scratch& s, float* partial) {
+    long row0 = a.starts[item.span] + item.first;
+    for (long head = 0; head < item.heads; head++)
+        for (long r = 0; r < l.rows; r++) {
+            long i = head * l.rows + r, query_head = (item.head + head) * l.group + r % l.group;
+            float top = s.top[head * padded_width(l.rows) + r], total = sum(load(s.totals.data() + i * VL)), factor = 1.0f;
+            float* to = a.out + ((row0 + r / l.group) * a.heads + query_head) * a.value_dim;
+            if (item.partial < 0) factor = inverse_total(a, query_head, top, total);
+            else to = partial + (item.partial + i) * (a.value_dim + 2), *to++ = top, *to++ = total;
+            for (long d = 0; d < a.value_dim; d++) to[d] = s.acc[i * l.vp + place<E>(d)] * factor;
+        }
 }
 
 // `next`: the item after this one on the same thread, or null; its first keys are fetched while the last ones here are used.
 template <typename E>
 static void run(const Args& a, const Item& item, const Item* next, Scratch& s, float* partial) {
-    long group = a.heads / a.kv_heads, n = item.count * group;
-    long kp = rounded(a.key_dim), vp = rounded(a.value_dim);
-    long row0 = a.starts[item.span];
-    // Widened copies pay when many queries share them, or when a row has no whole number of vectors.
-    bool copies = kp != a.key_dim || vp != a.value_dim || (sizeof(E) < 4 && n > DIRECT);
-    s.q.assign(n * kp, 0.0f), s.acc.assign(n * vp, 0.0f), s.top.assign(n, -INFINITY), s.total.assign(n, 0.0f), s.scores.resize(4 * KEYS);
-    if (copies) s.k.assign(KEYS * kp, 0.0f), s.v.assign(KEYS * vp, 0.0f);
-    for (long i = 0; i < item.count; i++)
-        for (long h = 0; h < group; h++)
-            std::copy_n(a.q + (row0 + item.first + i) * a.q_token + (item.kv_head * group + h) * a.key_dim, a.key_dim, s.q.data() + (i * group + h) * kp);
-    Rows<E> rows, ahead;
-    Rows<float> copied;
-    for (int j = 0; j < KEYS; j++) copied.k[j] = s.k.data() + j * kp, copied.v[j] = s.v.data() + j * vp;
-    find_rows(a, item, item.key0, (int)std::min<long>(KEYS, item.key1 - item.key0), ahead);
+    Layout l = layout_of<E>(a, item);
+    prepare<E>(a, item, l, s);
+    long calls = item.heads * ((l.rows + MANY - 1) / MANY * (KEYS / VL) + l.vp / PAIR / 2);
+    Rows<E> rows, coming_rows;
+    Ahead ahead;
+    find_rows(a, item, item.key0, (int)std::min<long>(KEYS, item.key1 - item.key0), coming_rows);
     for (long key = item.key0; key < item.key1; key += KEYS) {
         int count = (int)std::min<long>(KEYS, item.key1 - key);
-        rows = ahead;
+        rows = coming_rows;
         const Item* coming = key + KEYS < item.key1 ? &item : next;
         if (coming) {
             long from = coming == &item ? key + KEYS : next->key0;
             int some = (int)std::min<long>(KEYS, coming->key1 - from);
-            find_rows(a, *coming, from, some, ahead);
-            fetch_ahead(ahead.k, some, a.key_dim);
-            fetch_ahead(ahead.v, some, a.value_dim);
+            find_rows(a, *coming, from, some, coming_rows);
+            aim(a, *coming, coming_rows, some, l.latent, calls, ahead);
         }
-        if (copies) {
-            widen_rows(rows.k, count, a.key_dim, kp, s.k.data());
-            widen_rows(rows.v, count, a.value_dim, vp, s.v.data());
-            take_in_block(a, item, s, copied, key, count, kp, vp);
-        } else {
-            take_in_block(a, item, s, rows, key, count, kp, vp);
-        }
+        take_in_block(a, item, l, s, rows, key, count, ahead);
     }
-    for (long i = 0; i < item.count; i++)
-        for (long h = 0; h < group; h++) {
-            long r = i * group + h, out_row = (row0 + item.first + i) * a.heads + item.kv_head * group + h;
-            if (item.partial < 0) {
-                float inverse = inverse_total(a, item.kv_head * group + h, s.top[r], s.total[r]);
-                for (long d = 0; d < a.value_dim; d++) a.out[out_row * a.value_dim + d] = s.acc[r * vp + d] * inverse;
-            } else {
-                float* to = partial + (item.partial + r) * (a.value_dim + 2);
-                to[0] = s.top[r], to[1] = s.total[r];
-                std::copy_n(s.acc.data() + r * vp, a.value_dim, to + 2);
-            }
-        }
+    finish<E>(a, item, l, s, partial);
 }
 
 // Combine the pieces of one tile in order of their keys.
 static void combine(const Args& a, const Item* pieces, long count, const float* partial) {
-    long group = a.heads / a.kv_heads, width = a.value_dim + 2;
     const Item& item = pieces[0];
-    for (long r = 0; r < item.count * group; r++) {
+    long group = a.heads / a.kv_heads, width = a.value_dim + 2, rows = item.count * group;
+    for (long i = 0; i < item.heads * rows; i++) {
+        long head = (item.head + i / rows) * group + i % group, token = a.starts[item.span] + item.first + i % rows / group;
         float top = -INFINITY, total = 0;
-        for (long c = 0; c < count; c++) top = std::max(top, partial[(pieces[c].partial + r) * width]);
-        float* out = a.out + ((a.starts[item.span] + item.first + r / group) * a.heads + item.kv_head * group + r % group) * a.value_dim;
+        for (long c = 0; c < count; c++) top = std::max(top, partial[(pieces[c].partial + i) * width]);
+        float* out = a.out + (token * a.heads + head) * a.value_dim;
         std::fill_n(out, a.value_dim, 0.0f);
         for (long c = 0; c < count; c++) {
-            const float* from = partial + (pieces[c].partial + r) * width;
+            const float* from = partial + (pieces[c].partial + i) * width;
             if (from[0] == -INFINITY) continue;
             float factor = std::exp(from[0] - top);
             total += from[1] * factor;
             for (long d = 0; d < a.value_dim; d++) out[d] += from[2 + d] * factor;
         }
-        float inverse = inverse_total(a, item.kv_head * group + r % group, top, total);
+        float inverse = inverse_total(a, head, top, total);
         for (long d = 0; d < a.value_dim; d++) out[d] *= inverse;
     }
 }
@@ -282,44 +268,86 @@ static void store_rows(const float* from, long token_stride, long width, const A
             narrow_n(from + t * token_stride, width, pool + a.slots[t] * width);
 }
 
+// The keys that some query of a tile may see: [from, last).
+struct Range {
+    long from, last;
+};
+
+static Range range_of(const Args& a, int32_t span, long first, long count) {
+    long context = a.contexts[span], row = a.starts[span] + first;
+    Range range{0, context + (a.mask ? masked_keys(a, row, count) : first + count)};
+    if (!a.window) return range;
+    long lowest = *std::min_element(a.positions + row, a.positions + row + count);
+    range.from = std::max<long>(0, std::min(lowest - a.window + 1, context)) / KEYS * KEYS;
+    return range;
+}
+
+struct Plan {
+    std::vector<Item> items;
+    std::vector<std::pair<long, long>> tiles;  // first item and number of pieces, for tiles cut into several
+    long partial_rows = 0;
+    int threads = 1;
+};
+
+// Key/value heads that an item takes: as many as a block leaves room for, while there are pieces enough for the threads; one for many queries.
+template <typename E>
+static long heads_together(const Args& a, long rows, long pieces) {
+    if (rows > DIRECT) return 1;
+    long fitting = std::max<long>(1, ROW_BYTES / ((a.key_dim + a.value_dim) * (long)sizeof(E)));
+    return std::clamp<long>(pieces * a.kv_heads / (4 * a.threads), 1, std::min<long>(fitting, a.kv_heads));
+}
+
+template <typename E>
+static Plan plan_of(const Args& a) {
+    Plan plan;
+    long group = a.heads / a.kv_heads, tile = std::max<long>(1, TILE / group), pieces = 0;
+    double products = 0;
+    std::vector<std::pair<Item, Range>> tiles;
+    for (int32_t span = 0; span < a.spans; span++) {
+        long length = a.starts[span + 1] - a.starts[span];
+        for (long first = 0; first < length; first += tile) {
+            long count = std::min(tile, length - first);
+            Range range = range_of(a, span, first, count);
+            tiles.push_back({{span, 0, 0, (int32_t)first, (int32_t)count, 0, 0, -1}, range});
+            pieces += (range.last - range.from + PIECE - 1) / PIECE;
+            products += (double)(range.last - range.from) * count * a.heads * (a.key_dim + a.value_dim);
+        }
+    }
+    for (auto& [item, range] : tiles) {
+        long heads = heads_together<E>(a, item.count * group, pieces);
+        for (item.head = 0; item.head < a.kv_heads; item.head += (int32_t)heads) {
+            long begin = (long)plan.items.size();
+            item.heads = (int32_t)std::min(heads, a.kv_heads - item.head);
+            for (item.key0 = range.from; item.key0 < range.last; item.key0 = item.key1) {
+                item.key1 = std::min(range.last, (item.key0 / PIECE + 1) * PIECE);
+                plan.items.push_back(item);
+            }
+            long count = (long)plan.items.size() - begin;
+            if (count < 2) continue;
+            for (long c = begin; c < begin + count; c++) plan.items[c].partial = plan.partial_rows, plan.partial_rows += item.heads * item.count * group;
+            plan.tiles.push_back({begin, count});
+        }
+    }
+    plan.threads = products > SERIAL_PRODUCTS ? a.threads : 1;
+    return plan;
+}
+
 template <typename E>
 static void attention(const Args& a) {
     if (a.new_k) store_rows(a.new_k, a.new_k_token, a.kv_heads * a.key_dim, a, (E*)a.k_pool);
     if (a.new_v) store_rows(a.new_v, a.new_v_token, a.kv_heads * a.value_dim, a, (E*)a.v_pool);
-    long group = a.heads / a.kv_heads, tile = std::max<long>(1, TILE / group), partial_rows = 0;
-    std::vector<Item> items;
-    std::vector<std::pair<long, long>> tiles;  // first item and number of pieces, for tiles cut into several
-    for (int32_t span = 0; span < a.spans; span++) {
-        long length = a.starts[span + 1] - a.starts[span], context = a.contexts[span];
-        for (long first = 0; first < length; first += tile) {
-            long count = std::min(tile, length - first);
-            long last = context + (a.mask ? masked_keys(a, a.starts[span] + first, count) : first + count), from = 0;
-            if (a.window) {
-                long lowest = a.positions[a.starts[span] + first];
-                for (long i = 1; i < count; i++) lowest = std::min<long>(lowest, a.positions[a.starts[span] + first + i]);
-                from = std::max<long>(0, std::min(lowest - a.window + 1, context)) / KEYS * KEYS;
-            }
-            for (int32_t head = 0; head < a.kv_heads; head++) {
-                long begin = (long)items.size();
-                for (long key = from; key < last; key = (key / PIECE + 1) * PIECE)
-                    items.push_back({span, head, (int32_t)first, (int32_t)count, key, std::min(last, (key / PIECE + 1) * PIECE), -1});
-                long pieces = (long)items.size() - begin;
-                if (pieces < 2) continue;
-                for (long c = begin; c < begin + pieces; c++) items[c].partial = partial_rows, partial_rows += count * group;
-                tiles.push_back({begin, pieces});
-            }
-        }
-    }
-    std::vector<float> partial(partial_rows * (a.value_dim + 2));
-    int threads = a.tokens * a.heads > 16 || (long)items.size() > a.kv_heads ? a.threads : 1;
-    // The heads of a span lie side by side in the pools: where there is work enough, one thread takes several in a row.
-    long n = (long)items.size(), claim = std::max<long>(1, std::min<long>(a.kv_heads, n / (threads * 8)));
-    each(threads, (n + claim - 1) / claim, [&](long c) {
+    Plan plan = plan_of<E>(a);
+    std::vector<float> partial(plan.partial_rows * (a.value_dim + 2));
+    // Items in a row lie side by side in the pools: where there is work enough, one thread takes several. The last tiles of a prompt see the
+    // most keys and come first.
+    const Item* items = plan.items.data();
+    long n = (long)plan.items.size(), claim = std::max<long>(1, std::min<long>(a.kv_heads, n / (plan.threads * 8))), claims = (n + claim - 1) / claim;
+    each(plan.threads, claims, [&](long c) {
         thread_local Scratch scratch;
-        long end = std::min(n, (c + 1) * claim);
-        for (long i = c * claim; i < end; i++) run<E>(a, items[i], i + 1 < end ? &items[i + 1] : nullptr, scratch, partial.data());
+        long first = (claims - 1 - c) * claim, end = std::min(n, first + claim);
+        for (long i = first; i < end; i++) run<E>(a, items[i], i + 1 < end ? &items[i + 1] : nullptr, scratch, partial.data());
     });
-    each(threads, (long)tiles.size(), [&](long i) { combine(a, &items[tiles[i].first], tiles[i].second, partial.data()); });
+    each(plan.threads, (long)plan.tiles.size(), [&](long i) { combine(a, items + plan.tiles[i].first, plan.tiles[i].second, partial.data()); });
 }
 
 extern "C" {

@@ -113,7 +113,15 @@ static inline void narrow_n(const float* from, long count, bf16* to) {
     for (; i < count; i++) narrow(from[i], to + i);
 }
 
-static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+static inline vf vmax(vf a, vf b) {  // a > b ? a : b, which is what the instruction does, also with NaN; GCC would compare and blend
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 // Lane l of the result is lane INDEX of a and b laid one after the other.
 template <int... INDEX>

@@ -29,7 +29,8 @@ FORBIDDEN_NAMES = {
     "__torch_function__": "makes tensors of another type",
     "__torch_dispatch__": "makes tensors of another type",
 }
-OTHERS = {"torch", "time", "np", "numpy", "F", "sys", "os", "builtins"}  # modules whose attributes are not ours to set
+# Modules whose attributes are not the candidate's to set, beside those it imports.
+OTHERS = {"torch", "time", "np", "numpy", "F", "sys", "os", "builtins"}
 LIBRARY = {
     "linear", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention", "layer_norm", "rms_norm", "group_norm", "batch_norm",
     "softmax", "gelu", "silu", "embedding_bag", "matmul", "einsum", "bmm", "mm",
@@ -51,14 +52,21 @@ def check(source: str, operator: str, library: bool = True) -> list[Complaint]:
     Raises SyntaxError when the source cannot be read.
     """
     tree = ast.parse(source)
-    found = [c for node in ast.walk(tree) for c in _of_node(node, library)]
+    foreign = OTHERS | _imported(tree)
+    found = [c for node in ast.walk(tree) for c in _of_node(node, library, foreign)]
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and node.name == operator:
             found += _of_class(node)
     return sorted(set(found), key=lambda c: (c.line, c.reason))
 
 
-def _of_node(node: ast.AST, library: bool) -> list[Complaint]:
+def _imported(tree: ast.AST) -> set[str]:
+    """Names that some import binds."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
+
+
+def _of_node(node: ast.AST, library: bool, foreign: set[str]) -> list[Complaint]:
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         names = (
             [a.name for a in node.names]
@@ -82,7 +90,7 @@ def _of_node(node: ast.AST, library: bool) -> list[Complaint]:
         return [
             Complaint(node.lineno, f"assigns to {ast.unparse(t)}, which belongs to another module")
             for t in targets
-            if _is_foreign(t)
+            if _is_foreign(t, foreign)
         ]
     name = (
         getattr(node, "attr", None)
@@ -97,11 +105,11 @@ def _of_node(node: ast.AST, library: bool) -> list[Complaint]:
     return []
 
 
-def _is_foreign(target: ast.AST) -> bool:
+def _is_foreign(target: ast.AST, foreign: set[str]) -> bool:
     while isinstance(target, (ast.Attribute, ast.Subscript)):
         inner = target.value
         if isinstance(inner, ast.Name):
-            return inner.id in OTHERS and isinstance(target, ast.Attribute)
+            return inner.id in foreign and isinstance(target, ast.Attribute)
         target = inner
     return False
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ CLOCK, SHIFT_BYTES, LINE = time.perf_counter, 256, 64
 GUARDED = [
     (time, "perf_counter"), (time, "time"), (torch, "equal"), (torch, "allclose"), (torch, "isfinite"), (torch, "empty"), (torch, "load"),
     (torch.Tensor, "clone"), (torch.Tensor, "copy_"), (torch.Tensor, "numpy"), (torch.Tensor, "__eq__"), (np, "save"), (json, "dumps"),
-    (torch, "get_num_threads"), (threading, "active_count"),
+    (torch, "get_num_threads"), (threading, "active_count"), (statistics, "median"), (statistics, "geometric_mean"),
 ]  # fmt: skip
 BEFORE = [getattr(owner, name) for owner, name in GUARDED]
 
