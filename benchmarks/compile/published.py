@@ -82,7 +82,7 @@ def judge_all(folder: Path, every: int) -> dict[str, dict[str, Any]]:
         for name in published.PROGRAMS
         for at in range(len(published.load(folder / f"{name}.json")))
     ]
-    out = {name: dict.fromkeys((*COUNTS, "seconds"), 0) for name in published.PROGRAMS}
+    out: dict[str, dict[str, Any]] = {name: dict.fromkeys((*COUNTS, "seconds"), 0) for name in published.PROGRAMS}
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for (_, name, _, _), count in zip(tasks, pool.map(judge, tasks), strict=True):
             out[name] = {what: out[name][what] + count[what] for what in count}

@@ -85,7 +85,7 @@ class MaskedRows(torch.autograd.Function):
         h64, w64 = h.detach().double(), w.detach().double()
         u = scale**2 * (h64 @ (w64.T @ w64) - mask.dropped(h, w, torch.ones(len(w))))
         kept = s.copy()
-        row_E = np.repeat(np.arange(s.shape[0]), np.diff(s.indptr))
+        row_E = np.repeat(np.arange(len(square_R)), np.diff(s.indptr))
         kept.data = s.data * mask.kept(row_E, s.indices) * scale
         c = torch.from_numpy(kept @ w64.numpy())
         ctx.save_for_backward(h, w, u - c)

@@ -2,10 +2,11 @@
 //
 // Split order: bfloat16 numbers that lie side by side share a 32-bit lane, so a shift makes a vector of the even ones and a mask one of the
 // odd ones, cheaper than widening in order. Queries, sums and widened copies of bfloat16 rows keep this order: 2 * VL numbers are the VL
-// even ones, then the VL odd ones. A dot product and a weighted sum do not care. Float32 rows stay in their own order.
+// even ones, then the VL odd ones. A dot product and a weighted sum do not care. Rows of other types stay in their own order.
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -23,6 +24,8 @@ static inline vf half(const bf16* p) {
     vu both = (vu) * (const packed*)p;
     return HALF ? (vf)(both & 0xffff0000u) : (vf)(both << 16);
 }
+template <int HALF>
+static inline vf half(const fp8* p) { return load(p + HALF * VL); }
 
 // Left alone, GCC folds loads into some products of a tile, loads again for others, and spills sums instead. So operands are made to sit in
 // registers, and where a loop needs all 16 of them (TIGHT) its multiplication is spelled out: sum + a * b in one rounding.
@@ -49,7 +52,7 @@ static inline long padded_width(long width) { return (width + PAIR - 1) / PAIR *
 // Where element d of a row of E lies in split order.
 template <typename E>
 static inline long place(long d) {
-    return sizeof(E) == 4 ? d : d / PAIR * PAIR + d % 2 * VL + d % PAIR / 2;
+    return std::is_same_v<E, bf16> ? d / PAIR * PAIR + d % 2 * VL + d % PAIR / 2 : d;
 }
 
 // A row widened to float32, in split order; `to` has a padded width, and its padding is left as it is.
