@@ -34,7 +34,7 @@ ONLINE_SHARE = 0.6
 WARM_UP_S, MEASURED_S = 60.0, 600.0
 PROOF_LIMIT_S = 60.0
 LATENCIES = ("first_token_s_p50", "first_token_s_p99", "inter_token_s_p50", "inter_token_s_p99")
-TRIES = 180  # simulations spent on improving the best candidate
+TRIES = 120  # simulations spent on improving the best candidate
 SCHEDULER = {"swarm": "swarm"}  # a baseline's own scheduler, where it has one
 
 
