@@ -22,7 +22,7 @@ from benchmarks.harness import Report, arguments, compare, sample, say
 from wager.kernels import native
 from wager.kernels.registry import pack_linear
 
-MODES = ("bf16", "w16a16", "int8", "w8a8", "int4", "w4a8")
+MODES = ("bf16", "w16a16", "int16", "int8", "w8a8", "int4", "w4a8")
 CACHE_BYTES = 48 << 20
 
 
@@ -75,7 +75,7 @@ def main() -> None:
         x = torch.randn(tokens, inputs)
         contenders = {"torch bf16": contender(lambda: _torch_layer(weight), 2 * weight.numel(), x)}
         for mode in MODES:
-            bits = {"bf16": 16, "w16a16": 16, "int8": 8, "w8a8": 8}.get(mode, 4.5)
+            bits = {"bf16": 16, "w16a16": 16, "int16": 16.25, "int8": 8, "w8a8": 8}.get(mode, 4.5)
             contenders[mode] = contender(lambda mode=mode: layer(weight, mode), int(weight.numel() * bits / 8), x)
         rows += compare(f"{tokens} tokens", contenders, repeats=repeats, progress=say)
     facts |= ratios(weight, inputs, chosen.threads, repeats)

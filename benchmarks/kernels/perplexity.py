@@ -19,7 +19,7 @@ from wager.models.attend import causal_attention
 from wager.models.loader import load_model
 from wager.serve.text.tokenizer import Tokenizer
 
-MODES = ("int8", "w8a8", "int4", "w4a8", "nf4", "w16a16")
+MODES = ("int8", "w8a8", "int4", "w4a8", "nf4", "w16a16", "int16")
 BARS = {"int8": 0.005, "int4": 0.03}
 WINDOW_TOKENS = 512
 

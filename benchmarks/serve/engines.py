@@ -1,4 +1,4 @@
-"""Engines behind one face, each in a process of its own: `python engines.py wager|transformers|vllm MODEL DTYPE`.
+"""Engines behind one face, each in a process of its own: `python engines.py wager|transformers|vllm MODEL DTYPE [QUANTIZATION]`.
 
 Operations: `generate(prompts, max_tokens)` completes all prompts greedily to exactly max_tokens tokens and returns seconds, tokens per
 second and the first output; `one_by_one` the same, one prompt after the other; `share` (wager) tells where the time of the last call went.
@@ -20,11 +20,11 @@ Prompts = list[list[int]]
 
 
 class WagerEngine:
-    def __init__(self, model: str, dtype: str):
+    def __init__(self, model: str, dtype: str, quantization: str | None = None):
         from wager import LLM, SamplingParams
 
         self.log = StepTotals()
-        self.llm = LLM(model, dtype=dtype, observers=[self.log], enable_prefix_caching=False)
+        self.llm = LLM(model, dtype=dtype, quantization=quantization, observers=[self.log], enable_prefix_caching=False)
         self.params = lambda n: SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True)
 
     def complete(self, prompts: Prompts, max_tokens: int) -> list[list[int]]:
@@ -108,13 +108,13 @@ def measured(outputs: list[list[int]], seconds: float, max_tokens: int) -> dict[
 
 
 def main() -> None:
-    name, model, dtype = sys.argv[1:4]
+    name, *settings = sys.argv[1:]
     engine: Any = None
     wall_s = 0.0
 
     def load() -> str:
         nonlocal engine
-        engine = ENGINES[name](model, dtype)
+        engine = ENGINES[name](*settings)
         return name
 
     def generate(prompts: Prompts, max_tokens: int) -> dict[str, Any]:

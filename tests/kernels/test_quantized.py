@@ -68,7 +68,15 @@ def test_gate_epilogue(mode, width, activation):
 
 @pytest.mark.parametrize(
     "mode,limit",
-    [("int8", 0.009), ("w8a8", 0.012), ("int4", 0.088), ("w4a8", 0.089), ("nf4", 0.086), ("w16a16", 0.004)],
+    [
+        ("int8", 0.009),
+        ("w8a8", 0.012),
+        ("int4", 0.088),
+        ("w4a8", 0.089),
+        ("nf4", 0.086),
+        ("w16a16", 0.004),
+        ("int16", 0.0004),
+    ],
 )
 def test_error_of_normal_weights_is_what_the_bits_allow(mode, limit):
     """Relative root-mean-square error of an output; ideal uniform rounding of normal weights in groups of 32 gives 0.08 with four bits."""
@@ -92,12 +100,36 @@ def test_codes_stand_for_weights_within_half_a_step(mode, inputs, seed, zero):
         return
     steps = q.scales if q.scales.dim() == 2 else q.scales[:, None]
     widest = {"nf4": max(b - a for a, b in zip(NF4, NF4[1:], strict=False))}.get(mode, 1.0)
-    spread = steps.abs().repeat_interleave(32, 1)[:, :inputs] if q.table else steps
+    grouped = q.scales.dim() == 2
+    spread = steps.abs().repeat_interleave(q.codes_ON.shape[1] // steps.shape[1], 1)[:, :inputs] if grouped else steps
     error = (q.dequantized() - weight).abs()
     inside = error <= spread * widest / 2 * 1.01 + 1e-7
     clipped = (q.dequantized().abs() < weight.abs()) | ~torch.isfinite(weight)
     assert (inside | clipped).all()
     assert (q.dequantized()[weight == 0].abs() < 1e-9).all(), "zero stays zero"
+
+
+def test_int16_keeps_bfloat16_weights_and_never_overflows():
+    weight = randn(0, 50, 640).bfloat16().float()
+    q = quantize(weight, "int16")
+    large = (
+        weight.abs() >= weight.abs().unflatten(1, (-1, 64)).amax(-1, keepdim=True).expand(-1, -1, 64).flatten(1) / 32
+    )
+    assert torch.equal(q.dequantized()[large], weight[large]) and large.float().mean() > 0.9
+    assert torch.equal(q.scales, q.scales.bfloat16().float()), "the kernels hold scales in bfloat16"
+    extreme, x = torch.full((16, 128), 2.0 - 2**-20), torch.full((3, 128), -7.0)
+    assert quantize(extreme, "int16").codes_ON.max() == 8192, "the largest code there is"
+    torch.testing.assert_close(pack_linear(extreme, None, "int16")(x), x @ extreme.T, rtol=1e-4, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(1, 3), (16, 64), (50, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int16_is_packed_at_once_as_through_its_codes(shape, dtype):
+    weight = randn(0, *shape).to(dtype)
+    weight[0] = 0
+    codes = native_linear.pack_codes(quantize(weight, "int16"))
+    assert torch.equal(pack_linear(weight, None, "int16").weight, codes)
 
 
 @needs_native
@@ -125,7 +157,15 @@ def test_bad_requests_name_the_value():
 def test_bytes_per_weight():
     weight = randn(0, 1024, 1024)
     bits = {mode: 8 * pack_linear(weight, None, mode).weight.nbytes / weight.numel() for mode in MODES}
-    for mode, want in {"int8": 8, "w8a8": 8, "int4": 4.5, "nf4": 4.5, "w4a8": 4.5, "w16a16": 16}.items():
+    for mode, want in {
+        "int8": 8,
+        "w8a8": 8,
+        "int4": 4.5,
+        "nf4": 4.5,
+        "w4a8": 4.5,
+        "w16a16": 16,
+        "int16": 16.25,
+    }.items():
         assert want <= bits[mode] < want * 1.06, bits
 
 

@@ -59,6 +59,8 @@ _SIGNATURES = {
     "wager_block_output": (_P,),
     "wager_pack_f32": (_P, _L, _L, _P, _I),
     "wager_pack_bf16": (_P, _L, _L, _P, _I),
+    "wager_pack_wide_f32": (_P, _L, _L, _P, _I),
+    "wager_pack_wide_bf16": (_P, _L, _L, _P, _I),
     "wager_rms_norm_f32": (_P, _L, _P, _P, _L, _L, _F, _F, _P, _I),
     "wager_rms_norm_bf16": (_P, _L, _P, _P, _L, _L, _F, _F, _P, _I),
     "wager_layer_norm_f32": (_P, _L, _P, _P, _P, _P, _L, _L, _F, _P, _I),
@@ -138,6 +140,7 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, None
+    lib.wager_pack_wide_f32.restype = lib.wager_pack_wide_bf16.restype = _L
     lib.wager_stream_read.argtypes, lib.wager_stream_read.restype = (_P, _L, _I), ctypes.c_double
     return lib
 

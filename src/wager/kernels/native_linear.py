@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wager.errors import UsageError
-from wager.kernels.quantize import GROUP, QuantizedWeight, quantize, step_of
+from wager.kernels.quantize import GROUP, WIDE_GROUP, QuantizedWeight, not_finite, quantize, step_of
 from wager.native.memory import huge_zeros
 
 PANEL, SLACK = 16, 3
 FORMAT = {
     "f32": 0, "bf16": 1, "int8": 2, "w16a16": 3, "w8a8": 4, "nf4": 5, "w4a8": 6, "q4a8": 6, "int4": 7, "q4": 7, "q8": 8, "q8a8": 9,
-    "q4z": 10, "q4za8": 11, "f16": 12,
+    "q4z": 10, "q4za8": 11, "f16": 12, "int16": 13,
 }  # fmt: skip
 GATE = {None: 0, "silu": 1, "gelu_tanh": 2}
 
@@ -43,13 +43,17 @@ class NativeLinear:
         quantization: str | None = None,
         flags: tuple[str, ...] = (),
     ):
-        from wager.kernels.native import LINEAR_SUFFIX, library
+        from wager.kernels.native import LINEAR_SUFFIX, SUFFIX, library
 
         lib, (self.outputs, self.inputs) = library(flags), weight_OI.shape
         self.scales = self.table = self.order = None
-        if isinstance(weight_OI, Tensor) and quantization is not None:
+        at_once = quantization == "int16" and isinstance(weight_OI, Tensor) and weight_OI.dtype in SUFFIX
+        if isinstance(weight_OI, Tensor) and quantization is not None and not at_once:
             weight_OI = quantize(weight_OI, quantization)
-        if isinstance(weight_OI, Tensor):
+        if isinstance(weight_OI, Tensor) and at_once:
+            self.mode, self.padding = "int16", -self.inputs % step_of("int16")
+            self.weight = _packed_wide(weight_OI.contiguous(), lib)
+        elif isinstance(weight_OI, Tensor):
             self.mode, self.padding = LINEAR_SUFFIX[weight_OI.dtype], 0
             self.weight = _packed_floats(weight_OI.contiguous(), lib)
         else:
@@ -117,6 +121,19 @@ def _packed_floats(weight_OI: Tensor, lib: ctypes.CDLL) -> Tensor:
     return packed
 
 
+def _packed_wide(weight_OI: Tensor, lib: ctypes.CDLL) -> Tensor:
+    """int16 panels straight from the weight, without the codes in between; the same bytes as `pack_codes` makes of them."""
+    from wager.kernels.native import SUFFIX
+
+    outputs, inputs = weight_OI.shape
+    group_bytes = 2 * PANEL * (1 + WIDE_GROUP)
+    packed = huge_zeros((-(-outputs // PANEL) + SLACK) * -(-inputs // WIDE_GROUP) * group_bytes)
+    pack = getattr(lib, f"wager_pack_wide_{SUFFIX[weight_OI.dtype]}")
+    if pack(weight_OI.data_ptr(), outputs, inputs, packed.data_ptr(), torch.get_num_threads()):
+        raise not_finite()
+    return packed
+
+
 def pack_codes(weight: QuantizedWeight) -> Tensor:
     """Bytes in the layout of cpp/formats.h, panels past the last output zero. Packed some panels at a time: little memory beyond the result."""
     outputs = weight.codes_ON.shape[0]
@@ -140,6 +157,13 @@ def _pack_rows(weight: QuantizedWeight) -> Tensor:
         return panels_P16N.unflatten(2, (-1, 2)).transpose(1, 2).contiguous().view(torch.uint8).flatten(1)
     if weight.mode == "w8a8":
         return _words(panels_P16N).flatten(1)
+    if weight.mode == "int16":
+        assert weight.scales is not None
+        head = _whole_panels(weight.scales).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous().bfloat16()
+        pairs = (
+            panels_P16N.unflatten(2, (head.shape[1], WIDE_GROUP // 2, 2)).permute(0, 2, 3, 1, 4).flatten(2).contiguous()
+        )
+        return torch.cat((head.view(torch.uint8), pairs.view(torch.uint8)), dim=2).flatten(1)
     heads = [_whole_panels(t) for t in (weight.scales, weight.zeros) if t is not None]
     heads = [t.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous().half().view(torch.uint8) for t in heads]
     if weight.mode in ("q8", "q8a8"):

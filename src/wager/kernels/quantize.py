@@ -8,6 +8,10 @@
 | w8a8   | as int8                                        | int8, scale per 64 inputs| 8               |
 | w4a8   | as int4                                        | int8, scale per 32 inputs| 4.5             |
 | w16a16 | bfloat16                                       | bfloat16                 | 16              |
+| int16  | 14 bits and a power of two per 64 inputs       | 13 bits, scale per 64    | 16.25           |
+
+int16 is for processors that have no products of bfloat16 but multiply and add two pairs of int16 in one step. A bfloat16 weight keeps all its
+bits while it is at least 1/32 of its group's largest; smaller ones are off by at most 1/8192 of that, activations of 1/8190 of theirs.
 
 Files bring codes of their own (GGUF, GPTQ, AWQ), which are kept. They stand for scale * code, or scale * (code - zero point):
 
@@ -41,9 +45,12 @@ from torch import Tensor
 from wager.errors import UsageError
 
 GROUP = 32  # inputs that share a scale in the four-bit modes
-ACTIVATION_GROUP = {"w8a8": 64, "w4a8": 32, "q8a8": 32, "q4a8": 32, "q4za8": 32}
+WIDE_GROUP = 64  # the same for int16, and the inputs whose products are summed in an int32
+WIDE_BITS = 13  # magnitudes of int16 weights; 8192 * 4095 * 64 < 2^31
+ACTIVATION_GROUP = {"w8a8": 64, "w4a8": 32, "q8a8": 32, "q4a8": 32, "q4za8": 32, "int16": WIDE_GROUP}
+ACTIVATION_LEVELS = {"int16": 4095}  # steps from zero to a group's largest activation; else 127
 FILE_MODES = {"q8": "q8a8", "q4": "q4a8", "q4z": "q4za8"}  # and what they become with int8 activations
-MODES = ("int8", "int4", "nf4", "w8a8", "w4a8", "w16a16")
+MODES = ("int8", "int4", "nf4", "w8a8", "w4a8", "w16a16", "int16")
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -55,12 +62,17 @@ SCALE_TRIALS = (1.08, 1.0, 0.93, 0.86, 0.79)  # clipping the largest weight a li
 VALUES_AT_ONCE = 1 << 18  # few enough for the trials of a scale to stay in the cache
 
 
+def not_finite(name: str = "scales") -> UsageError:
+    return UsageError(f"a weight has {name} that are not finite and cannot be quantized; load it without quantization")
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """A weight [O, inputs] in codes.
 
-    codes_ON: int8 values (int8, w8a8, q8), table numbers 0 .. 15 as uint8 (four-bit modes) or bfloat16 (w16a16).
-    scales: [O] (int8, w8a8), [O, B] (grouped modes), None (w16a16), always float32 with values that float16 holds in grouped modes.
+    codes_ON: int8 values (int8, w8a8, q8), table numbers 0 .. 15 as uint8 (four-bit modes), bfloat16 (w16a16) or int16.
+    scales: [O] (int8, w8a8), [O, B] (grouped modes), None (w16a16), always float32 with values that float16 holds in grouped modes, int16's
+        excepted, which are powers of two.
     zeros: [O, B] zero points less 8, so that a value is scale * (number - 8 - zero), float32 with values that float16 holds; None where there
         are none.
     order: [inputs] where each column's input stands in x; None: in order. Columns sorted by group make groups contiguous.
@@ -76,9 +88,7 @@ class QuantizedWeight:
     def __post_init__(self):
         for name, values in (("scales", self.scales), ("zero points", self.zeros)):
             if values is not None and not bool(torch.isfinite(values).all()):
-                raise UsageError(
-                    f"a weight has {name} that are not finite and cannot be quantized; load it without quantization"
-                )
+                raise not_finite(name)
 
     @property
     def shape(self) -> torch.Size:
@@ -123,7 +133,7 @@ class QuantizedWeight:
             return (self.codes_ON.float() * self.scales[:, None])[:, : self.inputs]
         table = None if self.table is None else torch.tensor(self.table, device=self.codes_ON.device)
         values = self.codes_ON.float() if table is None else table[self.codes_ON.int()]
-        values = values.unflatten(1, (-1, GROUP))
+        values = values.unflatten(1, (self.scales.shape[1], -1))
         if self.zeros is not None:
             values = values - self.zeros[:, :, None]
         return (values * self.scales[:, :, None]).flatten(1)[:, : self.inputs]
@@ -136,7 +146,7 @@ def check_mode(mode: str) -> None:
 
 def step_of(mode: str) -> int:
     """Inputs are padded to a multiple of this."""
-    return {"int8": 1, "w16a16": 2, "w8a8": 64}.get(mode, GROUP)
+    return {"int8": 1, "w16a16": 2, "w8a8": 64, "int16": WIDE_GROUP}.get(mode, GROUP)
 
 
 def quantize(weight_OI: Tensor, mode: str) -> QuantizedWeight:
@@ -209,7 +219,16 @@ def _quantize_rows(weight_OI: Tensor, mode: str) -> tuple[Tensor, Tensor | None]
         scales_O = weight_ON.abs().amax(1) / 127
         codes = torch.round(weight_ON / scales_O.clamp_min(1e-30)[:, None])
         return codes.clamp(-127, 127).to(torch.int8), scales_O
-    return _four_bit_rows(weight_ON, mode)
+    return _wide_rows(weight_ON) if mode == "int16" else _four_bit_rows(weight_ON, mode)
+
+
+def _wide_rows(weight_ON: Tensor) -> tuple[Tensor, Tensor]:
+    """A group's largest magnitude, between 2^e and 2^(e + 1), becomes a code between 2^12 and 2^13."""
+    groups = weight_ON.unflatten(1, (-1, WIDE_GROUP))
+    largest = groups.abs().amax(-1)
+    scales = torch.exp2(torch.frexp(largest).exponent.clamp_min(-100).float() - WIDE_BITS)
+    codes = torch.round(groups / scales[..., None]).to(torch.int16)
+    return codes.flatten(1), torch.where(torch.isfinite(largest), scales, torch.inf)
 
 
 def _four_bit_rows(weight_ON: Tensor, mode: str) -> tuple[Tensor, Tensor]:
@@ -239,16 +258,16 @@ def _nearest(ratio: Tensor, mode: str) -> Tensor:
 
 
 def round_activations(x_TI: Tensor, mode: str) -> Tensor:
-    """The activations that the mode multiplies with, in float32: unchanged, bfloat16, or int8 codes times their group's scale."""
+    """The activations that the mode multiplies with, in float32: unchanged, bfloat16, or integers times their group's scale."""
     if mode == "w16a16":
         return x_TI.bfloat16().float()
     if mode not in ACTIVATION_GROUP:
         return x_TI.float()
-    group = ACTIVATION_GROUP[mode]
+    group, levels = ACTIVATION_GROUP[mode], ACTIVATION_LEVELS.get(mode, 127)
     padded = F.pad(x_TI.float(), (0, -x_TI.shape[1] % group)).unflatten(1, (-1, group))
     top = padded.abs().amax(-1, keepdim=True)
     inverse = torch.where(
-        top > 1e-30, torch.full_like(top, 127) / top, 0
-    )  # 127 / top would be 127 * (1 / top), rounded twice
-    rounded = torch.round(padded * inverse) * (top / 127)
+        top > 1e-30, torch.full_like(top, levels) / top, 0
+    )  # levels / top would be levels * (1 / top), rounded twice
+    rounded = torch.round(padded * inverse) * (top / levels)
     return rounded.flatten(1)[:, : x_TI.shape[1]]

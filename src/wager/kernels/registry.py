@@ -129,6 +129,8 @@ def pack_linear(
         )
     if weight_OI.device.type == "cpu" and weight_OI.dtype in native.LINEAR_SUFFIX and choice().form == "native":
         return NativeLinear(weight_OI, bias_O, quantization)
+    if weight_OI.device.type == "cuda" and quantization == "int16":
+        raise UsageError("int16 weights are for CPUs; use w16a16, or no quantization, on a GPU", param="quantization")
     if weight_OI.device.type == "cuda" and (forms := gpu_forms()) is not None:
         return forms.TritonLinear(weight_OI, bias_O, quantization)
     return ReferenceLinear(weight_OI, bias_O, quantization)

@@ -165,9 +165,9 @@ QUANTIZATION = (
         enabled_when=lambda c: c.kv_cache_dtype == "fp8",
     ),
     Feature(
-        "w8a8", "system/quantization", "int8 activations (w8a8, w4a8) and bfloat16 ones (w16a16)", APPROX, ("quantization",),
+        "w8a8", "system/quantization", "int8 activations (w8a8, w4a8), bfloat16 (w16a16) and int16 ones", APPROX, ("quantization",),
         "wager.kernels.quantize:round_activations", QUANTIZED, note="int8 values with a scale per group of inputs; no fp8",
-        enabled_when=lambda c: c.quantization in ("w8a8", "w4a8", "w16a16"),
+        enabled_when=lambda c: c.quantization in ("w8a8", "w4a8", "w16a16", "int16"),
     ),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-// What happens to activations between linears: gates, rotation, and rounding to bfloat16 or int8.
+// What happens to activations between linears: gates, rotation, and rounding to bfloat16, int8 or int16.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -64,6 +64,37 @@ static inline void quantise_rows(const float* x, long rows, long inputs, int gro
     each(rows * inputs > 1 << 16 ? threads : 1, rows, [&](long r) {
         for (long g = 0; g < groups; g++)
             quantise_group(x + r * inputs + g * group, group, offset, to.values.data() + r * inputs + g * group, &to.scales[r * groups + g], &to.offsets[r * groups + g]);
+    });
+}
+
+struct WideRows {
+    std::vector<int16_t> values;
+    std::vector<float> scales;
+};
+
+// As quantise_group, in int16 with 4095 for the largest: a group's products with 14-bit weights then sum within an int32.
+static inline void widen_group(const float* x, int group, int16_t* values, float* scale) {
+    vf most{}, sums{};
+    for (int i = 0; i < group; i += VL) {
+        vf v = load(x + i);
+        most = vmax(most, v < 0.0f ? -v : v);
+        sums += v - v;  // NaN where v is not finite
+    }
+    float top = highest(most), inverse = top > 1e-30f ? 4095.0f / top : 0.0f;
+    *scale = top / 4095.0f + sum(sums);
+    float scaled[64];  // a product of its own, see quantise_group
+    for (int i = 0; i < group; i++) scaled[i] = x[i] * inverse;
+    for (int i = 0; i < group; i++) {
+        float v = (scaled[i] + 12582912.0f) - 12582912.0f;
+        values[i] = (int16_t)(v == v ? v : 0);
+    }
+}
+
+static inline void widen_rows(const float* x, long rows, long inputs, int group, int threads, WideRows& to) {
+    long groups = inputs / group;
+    to.values.resize(rows * inputs), to.scales.resize(rows * groups);
+    each(rows * inputs > 1 << 16 ? threads : 1, rows, [&](long r) {
+        for (long g = 0; g < groups; g++) widen_group(x + r * inputs + g * group, group, to.values.data() + r * inputs + g * group, &to.scales[r * groups + g]);
     });
 }
 

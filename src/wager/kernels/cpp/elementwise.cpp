@@ -159,16 +159,20 @@ void wager_write_bf16(const float* x, long token_stride, const int64_t* slots, l
 void wager_write_fp8(const float* x, long token_stride, const int64_t* slots, long tokens, long width, fp8* pool, int threads) {
     write_rows(x, token_stride, slots, tokens, width, pool, threads);
 }
-// Sum of float32 values, whole blocks of 8 vectors: streams memory once, for the bandwidth measurement.
+// Sum of float32 values, for the bandwidth measurement: reads memory once, every piece as several streams side by side, which loads more of it
+// at a time than one stream does. Values that do not fill the vectors of all streams are left out: fewer than 16 vectors a piece.
 double wager_stream_read(const float* x, long count, int threads) {
-    constexpr long PIECE = 1 << 16;
+    constexpr long PIECE = 1 << 16, STREAMS = 4;
     std::vector<double> totals((count + PIECE - 1) / PIECE);
     each(threads, (long)totals.size(), [&](long block) {
-        vf s[8] = {};
-        for (long i = block * PIECE; i + 8 * VL <= std::min(count, (block + 1) * PIECE); i += 8 * VL)
-            for (int j = 0; j < 8; j++) s[j] += load(x + i + j * VL);
-        for (int j = 0; j < 8; j++)
-            for (int lane = 0; lane < VL; lane++) totals[block] += s[j][lane];
+        long first = block * PIECE, part = std::min(PIECE, count - first) / STREAMS / (2 * VL) * (2 * VL);
+        vf s[STREAMS][2] = {};
+        for (long i = 0; i < part; i += 2 * VL)
+            for (int j = 0; j < STREAMS; j++)
+                for (int v = 0; v < 2; v++) s[j][v] += load(x + first + j * part + i + v * VL);
+        for (int j = 0; j < STREAMS; j++)
+            for (int v = 0; v < 2; v++)
+                for (int lane = 0; lane < VL; lane++) totals[block] += s[j][v][lane];
     });
     double total = 0;
     for (double part : totals) total += part;

@@ -5,6 +5,7 @@
 // panels advance together, so that enough chains are in flight. Many rows: they are laid out tile by tile; a slice of a panel stays in the first
 // cache while a block of rows passes over it, and the block in the second while some panels take their turns.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -15,10 +16,6 @@
 #include "pool.h"
 
 constexpr int SLACK = 3;  // panels allocated beyond the last, so that a tile may read four
-#ifndef WAGER_KC
-#define WAGER_KC (VL == 16 ? 512 : 256)
-#endif
-constexpr long KC = WAGER_KC;  // inputs of a slice
 #ifndef WAGER_CLAIM_BYTES
 #define WAGER_CLAIM_BYTES 1 << 15
 #endif
@@ -43,13 +40,13 @@ static void block(const Work& work, long panel, long count, float* out, long ldo
     const char* w = a.weights + panel * K::bytes(a.inputs);
     if (a.rows <= MR) {
         for (long u = 0; u < count; u++, w += unit_bytes)
-            rows_tile<K, P, false>((int)a.rows, work, {0, 0, a.inputs, w, out + u * width, ldo, start(u), w + PREFETCH, K::PIECE});
+            rows_tile<K, P, false>((int)a.rows, work, {0, 0, a.inputs, w, out + u * width, ldo, start(u), w + PREFETCH * 4 / P, K::PIECE});
         return;
     }
     const Tiles<K> tiles{a.rows};
     const long per_block = std::max<long>(1, ROWS_IN_CACHE / K::MANY), sharers = std::min<long>(tiles.count, 8);
-    for (long k0 = 0; k0 < a.inputs; k0 += KC) {
-        long k1 = std::min<long>(a.inputs, k0 + KC), next = K::bytes(k1), slice = next - K::bytes(k0);
+    for (long k0 = 0; k0 < a.inputs; k0 += K::SLICE) {
+        long k1 = std::min<long>(a.inputs, k0 + K::SLICE), next = K::bytes(k1), slice = next - K::bytes(k0);
         for (long t0 = 0; t0 < tiles.count; t0 += per_block)
             for (long u = 0; u < count; u++)
                 for (long t = t0; t < std::min(tiles.count, t0 + per_block); t++) {  // the first tiles fetch the next slice, each its share
@@ -151,8 +148,15 @@ template <typename F>
 static void integer_linear(const Linear& a) {
     static thread_local QuantisedRows rows;
     quantise_rows(a.x, a.rows, a.inputs, F::GROUP, F::OFFSET, a.threads, rows);
-    Acts acts{rows.values.data(), rows.scales.data(), rows.offsets.data(), a.inputs, a.inputs / F::GROUP};
+    Acts acts{rows.scales.data(), rows.offsets.data(), a.inputs, a.inputs / F::GROUP};
     linear<Integer<F>>({a, acts, (const element*)rows.values.data(), a.inputs / 4, nullptr});
+}
+
+static void wide_linear(const Linear& a) {
+    static thread_local WideRows rows;
+    widen_rows(a.x, a.rows, a.inputs, W16::GROUP, a.threads, rows);
+    Acts acts{rows.scales.data(), nullptr, a.inputs, a.inputs / W16::GROUP};
+    linear<Wide>({a, acts, (const element*)rows.values.data(), a.inputs / 2, nullptr});
 }
 
 static void pair_linear(const Linear& a) {
@@ -173,6 +177,33 @@ static void pack(const W* weight, long outputs, long inputs, W* packed, int thre
     });
 }
 
+// Panels of W16, codes chosen as in quantize.py. Returns how many groups hold a value that is not finite.
+template <typename W>
+static long pack_wide(const W* weight, long outputs, long inputs, char* packed, int threads) {
+    constexpr long G = W16::GROUP;
+    long panels = (outputs + NR - 1) / NR, groups = (inputs + G - 1) / G;
+    std::atomic<long> broken{0};
+    each(threads, panels, [&](long p) {
+        for (long i = 0; i < groups * NR; i++) {
+            long g = i / NR, n = i % NR, row = p * NR + n, count = std::min(G, inputs - g * G);
+            if (row >= outputs) continue;
+            float values[G] = {}, most = 0;
+            for (long k = 0; k < count; k++) values[k] = widen(weight[row * inputs + g * G + k]);
+            for (long k = 0; k < G; k++) most = std::max(most, values[k] == values[k] ? std::fabs(values[k]) : INFINITY);
+            int exponent = 0;
+            if (most == INFINITY) broken++;
+            else std::frexp(most, &exponent);
+            exponent = std::max(exponent, -100) - W16::BITS;
+            float scale = std::ldexp(1.0f, exponent), inverse = std::ldexp(1.0f, -exponent);
+            char* group = packed + (p * groups + g) * W16::BYTES;
+            narrow(scale, (bf16*)group + n);
+            int16_t* codes = (int16_t*)(group + W16::HEAD) + 2 * n;
+            for (long k = 0; k < G; k++) codes[k / 2 * 2 * NR + k % 2] = (int16_t)std::nearbyint(most == INFINITY ? 0.0f : values[k] * inverse);
+        }
+    });
+    return broken;
+}
+
 extern "C" {
 void wager_linear(const Linear* a) {
     Work work{*a, {}, (const element*)a->x, a->inputs, nullptr};
@@ -190,9 +221,13 @@ void wager_linear(const Linear* a) {
         case 10: return linear<Weighted<Grouped<4, true>, Codes<4>>>(work);
         case 11: return integer_linear<Grouped<4, true>>(*a);
         case 12: return linear<Plain<F16>>(work);
+        case 13: return wide_linear(*a);
     }
 }
 // Both write ceil(outputs / 16) + 3 panels.
 void wager_pack_f32(const float* weight, long outputs, long inputs, float* packed, int threads) { pack(weight, outputs, inputs, packed, threads); }
 void wager_pack_bf16(const bf16* weight, long outputs, long inputs, bf16* packed, int threads) { pack(weight, outputs, inputs, packed, threads); }
+// `packed` has room for ceil(outputs / 16) + 3 panels, the last three zero.
+long wager_pack_wide_f32(const float* weight, long outputs, long inputs, char* packed, int threads) { return pack_wide(weight, outputs, inputs, packed, threads); }
+long wager_pack_wide_bf16(const bf16* weight, long outputs, long inputs, char* packed, int threads) { return pack_wide(weight, outputs, inputs, packed, threads); }
 }

@@ -9,9 +9,14 @@ constexpr int SUMS = VL == 16 ? 24 : 12;  // accumulators that fit the registers
 #ifndef WAGER_PREFETCH
 #define WAGER_PREFETCH 1024
 #endif
-constexpr long PREFETCH = WAGER_PREFETCH;  // bytes ahead of the stream
+constexpr long PREFETCH = WAGER_PREFETCH;  // bytes ahead of each of four panels that advance together; fewer panels fetch further ahead
 
-typedef uint32_t __attribute__((may_alias)) element;  // an activation as a kernel reads it: a float, two bfloat16 or four int8
+#ifndef WAGER_KC
+#define WAGER_KC (VL == 16 ? 512 : 256)
+#endif
+constexpr long KC = WAGER_KC;  // inputs of a slice
+
+typedef uint32_t __attribute__((may_alias)) element;  // an activation as a kernel reads it: a float, two bfloat16 or int16, or four int8
 
 struct Work {
     const Linear& a;
@@ -64,6 +69,7 @@ template <typename F>
 struct Plain {
     static constexpr int MANY = 6;  // rows of a tile when there are more than MR
     static constexpr int PIECE = F::BYTES;
+    static constexpr long SLICE = KC;
     static constexpr bool ZEROS = false;
     static long bytes(long inputs) { return inputs / F::STEP * F::BYTES; }
     static constexpr int panels(int rows) { return panels_for(rows, SUMS); }
@@ -94,6 +100,7 @@ struct Plain {
 template <typename F>
 struct Integer {
     static constexpr int MANY = VL == 16 ? 8 : 4, PIECE = 64;
+    static constexpr long SLICE = KC;
     static constexpr bool ZEROS = false;  // sums of activations are in Acts
     static long bytes(long inputs) { return inputs / F::GROUP * F::BYTES; }
     static constexpr int panels(int rows) { return panels_for(rows, SUMS * 2 / 3); }
@@ -143,10 +150,52 @@ struct Integer {
     }
 };
 
+// Integer products of int16 activations, scaled group by group.
+struct Wide {
+    static constexpr int MANY = 6, PIECE = 64;
+    static constexpr long SLICE = 1024;  // more than the first cache holds: sums that come and go cost more than weights from the second
+    static constexpr bool ZEROS = false;
+    static long bytes(long inputs) { return inputs / W16::GROUP * W16::BYTES; }
+    static constexpr int panels(int rows) { return panels_for(rows, SUMS); }
+    template <int R, int P, bool TILED>
+    static inline void tile(const Work& work, const Span& s) {
+        const Rows<int32_t, R, TILED> x(work, s.row);
+        const Acts& acts = work.acts;
+        long panel_bytes = bytes(work.a.inputs);
+        Sums<R, P> acc;
+        acc.begin(s);
+        const char *w = s.w + s.k0 / W16::GROUP * W16::BYTES, *ahead = s.ahead;
+        for (long g = s.k0 / W16::GROUP; g < s.k1 / W16::GROUP; g++, w += W16::BYTES) {
+            vi part[R][P][NV] = {};
+#pragma GCC unroll 4
+            for (long j = 0; j < W16::GROUP / 2; j++, ahead += s.step) {
+                vi weight[P][NV];
+                for (int p = 0; p < P; p++) {
+                    if (s.ahead) __builtin_prefetch(ahead + p * panel_bytes);
+                    for (int v = 0; v < NV; v++) weight[p][v] = *(const vi*)(w + p * panel_bytes + W16::HEAD + j * 64 + v * VL * 4);
+                }
+                for (int r = 0; r < R; r++) {
+                    int32_t two = x.at(r, g * (W16::GROUP / 2) + j);
+                    for (int p = 0; p < P; p++)
+                        for (int v = 0; v < NV; v++) part[r][p][v] = dot2(part[r][p][v], weight[p][v], two);
+                }
+            }
+            for (int p = 0; p < P; p++)
+                for (int v = 0; v < NV; v++) {
+                    vf scale = load((const bf16*)(w + p * panel_bytes) + v * VL);
+                    for (int r = 0; r < R; r++)
+                        acc.at[r][p][v] += __builtin_convertvector(part[r][p][v], vf) * (scale * acts.scales[(s.row + r) * acts.groups + g]);
+                }
+        }
+        acc.end(s);
+    }
+};
+
 // Grouped codes and float32 activations. C: how a code becomes a value.
 template <typename F, typename C>
 struct Weighted {
     static constexpr int MANY = 6, PIECE = 64;
+    static constexpr long SLICE = KC;
     static constexpr bool ZEROS = F::ZEROS;
     static long bytes(long inputs) { return inputs / F::GROUP * F::BYTES; }
     static constexpr int panels(int rows) { return panels_for(rows, SUMS / 2); }
