@@ -286,13 +286,13 @@ def draw(curves: dict[str, Any]) -> str:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for what, unit, axis in (("states", "states", axes[0]), ("seconds", "s", axes[1])):
-        for mode in PRUNERS:
+    for what, unit, least, axis in (("states", "states", 1, axes[0]), ("seconds", "s", 1e-4, axes[1])):
+        for mode, style in zip(PRUNERS, ("-", "--", "-"), strict=True):
             points = [(int(k.rsplit(" ", 1)[1]), v) for k, v in curves.items() if k.startswith(mode + " ")]
-            (line,) = axis.plot([p[0] for p in points], [max(p[1][what], 1e-3) for p in points], label=mode)
+            (line,) = axis.plot([p[0] for p in points], [max(p[1][what], least) for p in points], style, label=mode)
             for ops, value in points:
                 face = "white" if value["stopped_by"] else line.get_color()
-                axis.plot(ops, max(value[what], 1e-3), "o", color=line.get_color(), markerfacecolor=face)
+                axis.plot(ops, max(value[what], least), "o", color=line.get_color(), markerfacecolor=face)
         axis.set(yscale="log", xlabel="most block operators", ylabel=unit)
         axis.grid(alpha=0.3)
     axes[0].legend(title="pruning by")

@@ -164,7 +164,7 @@ def test_drawings_say_how_blocks_cut():
     family = next(f for f in symbolic.search(RMS, Limits(max_block_ops=7)).families if {"x", "loop"} <= set(f.open(0)))
     program = family.instantiate(RMS.input_shapes, [(2, 1, 1, 2)])
     for text in (draw.svg(program), draw.dot(program)):
-        assert "argument 1 x" in text and "loop" in text and "kernel grid 2x1x1 loop 2" in text
+        assert "argument 0 " in text and "argument 1 " in text and "loop" in text and "kernel grid 2x1x1 loop 2" in text
 
 
 def test_sizes_that_do_not_divide_are_refused():
