@@ -34,7 +34,9 @@ class Graph:
     ids: Tensor | None = field(default=None, compare=False)
     leading: int | None = field(default=None, compare=False)
     complete: bool = True
-    made: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)  # what others derive from it, once
+    made: dict[str, Any] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )  # what others derive from it, once
 
     @staticmethod
     def of(data: Any) -> Graph:
