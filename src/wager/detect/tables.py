@@ -123,7 +123,13 @@ def plot_scores(
     axes = np.atleast_1d(figure.subplots(-(-panels // 3), min(panels, 3))).ravel()
     for axis, (name, score) in zip(axes, scores.items(), strict=False):
         groups: Sequence[np.ndarray] = [score] if y_N is None else [score[~y_N], score[y_N]]
-        axis.hist(groups, 50, stacked=True, log=True, color=["#8ab", "#c43"][: len(groups)])
+        low, high, usual = float(score.min()), float(score.max()), float(np.percentile(score, 99))
+        far = low > 0 and high > 100 * usual  # a few scores would leave all others in one bar
+        bins = np.geomspace(low, high, 51) if far else 50
+        axis.hist(groups, bins, stacked=True, log=True, color=["#8ab", "#c43"][: len(groups)])
+        if far:
+            axis.set_xscale("log")
+        axis.set(xlabel="score", ylabel="rows")
         axis.axvline(thresholds[name], color="#222", linewidth=0.8, linestyle="--")
         axis.set_title(name)
     if y_N is not None and 0 < y_N.sum() < len(y_N):
@@ -134,4 +140,9 @@ def plot_scores(
         axis.plot([0, 1], [0, 1], color="#bbb", linewidth=0.6)
         axis.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
         axis.legend(fontsize=7)
+        panels = len(scores) + 1
+    else:
+        panels = len(scores)
+    for axis in axes[panels:]:
+        axis.set_axis_off()
     figure.savefig(path)

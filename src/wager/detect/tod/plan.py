@@ -183,7 +183,9 @@ def part_rows(op: Operator, rows: int, features: int, attrs: dict[str, Any], bud
 
 
 def label(n: Node) -> str:
-    shown = ", ".join(f"{k}={v}" for k, v in n.attrs)
+    shown = ", ".join(
+        f"{k}=({len(v)} values)" if isinstance(v, tuple) and len(v) > 8 else f"{k}={v}" for k, v in n.attrs
+    )
     return f"{n.op}({shown})"
 
 
