@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.pop(0)  # the folder of this file: its llama_cpp.py would hide the peer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import worker
 
