@@ -66,10 +66,8 @@ def main() -> None:
         facts["overlap"] = {name: engine.ring.stats.overlap for name, engine in engines.items()}
         facts["table"] = table
         report = Report("serve", f"speculation_offload_{Path(args.model).name}", rows, facts)
-        if not args.quick:
-            say(
-                f"written: {report.save()}"
-            )  # after each temperature: what was measured is not lost when the rest is cut short
+        if not args.quick:  # after each temperature: what was measured is not lost when the rest is cut short
+            say(f"written: {report.save()}")
     print(format_table(table))
     print(report.table())
     print(f"overlap: {facts['overlap']}")

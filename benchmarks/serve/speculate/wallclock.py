@@ -65,10 +65,8 @@ def main() -> None:
         facts |= between(rows, f"T={temperature:g}, {args.dtype}")
         facts["table"] = table
         report = Report("serve", f"speculation_wallclock_{Path(args.model).name}_{args.dtype}", rows, facts)
-        if not args.quick:
-            say(
-                f"written: {report.save()}"
-            )  # after each temperature: what was measured is not lost when the rest is cut short
+        if not args.quick:  # after each temperature: what was measured is not lost when the rest is cut short
+            say(f"written: {report.save()}")
     print(format_table(table))
     print(report.table())
     for name, value in facts.items():

@@ -103,7 +103,7 @@ class _RopeWriteArgs(ctypes.Structure):
     ]
 
 
-class _AttentionArgs(ctypes.Structure):
+class AttentionArgs(ctypes.Structure):
     _fields_ = [
         *[(name, _P) for name in ("q", "new_k", "new_v", "slots", "sinks")],
         *[(name, ctypes.c_int64) for name in ("q_token", "new_k_token", "new_v_token")],
@@ -281,7 +281,7 @@ def paged_attention(
     new_k, new_v, slots = (None, None, None) if new is None else new
     new_k, new_v = (None if t is None else _token_rows(t) for t in (new_k, new_v))
     out_THV = torch.empty(q.shape[0], q.shape[1], v_pool_SGV.shape[2])
-    arguments = _AttentionArgs(
+    arguments = AttentionArgs(
         q.data_ptr(), _pointer(new_k), _pointer(new_v), _pointer(slots), _pointer(sinks),
         q.stride(0), 0 if new_k is None else new_k.stride(0), 0 if new_v is None else new_v.stride(0),
         k_pool_SGK.data_ptr(), v_pool_SGV.data_ptr(),

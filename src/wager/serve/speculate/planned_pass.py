@@ -182,7 +182,7 @@ class PlannedPass:
         assert v_pool is not None
         row = self.qkv.shape[1] * self.qkv.shape[2]
         keys = at(self.qkv) + 4 * spec.num_heads * spec.key_dim
-        a = native._AttentionArgs(
+        a = native.AttentionArgs(
             q=at(self.qkv), new_k=keys, new_v=keys + 4 * spec.num_kv_heads * spec.key_dim, slots=at(self.slots),
             q_token=row, new_k_token=row, new_v_token=row,
             k_pool=k_pool.data_ptr(), v_pool=v_pool.data_ptr(),
