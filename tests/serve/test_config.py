@@ -27,6 +27,11 @@ from wager.serve.params import SamplingParams
         ({"kv_cache_memory": "much"}, "'much' as a size in bytes; write e.g. 512MiB"),
         ({"kv_cache_memory": "-2GB"}, "kv_cache_memory must be at least 1"),
         ({"kv_cache_memory": "inf"}, "'inf'"),
+        ({"kv_offload_memory": "0MB"}, "kv_offload_memory must be at least 1, got 0"),
+        (
+            {"kv_offload_memory": "1GB", "enable_prefix_caching": False},
+            "kv_offload_memory 1000000000 .* needs enable_prefix_caching",
+        ),
         ({"kv_cache_memory": 0}, "kv_cache_memory must be at least 1, got 0"),
         (
             {"speculative_config": {"draft": "x", "num_speculative_tokens": 0}},
@@ -56,6 +61,11 @@ def test_bad_options_are_refused_at_once(options, names):
     [
         ({"device": "abacus"}, UsageError, "device 'abacus' is unknown; use auto, cpu"),
         ({"max_model_len": 100_000}, UsageError, "max_model_len 100000 exceeds the 256 positions"),
+        (
+            {"kv_offload_memory": 100},
+            CapacityError,
+            "kv_offload_memory of 100 holds no block of 16 tokens .*; raise it",
+        ),
         ({"kv_cache_memory": 100}, CapacityError, "holds no block of 16 tokens .*; raise it"),
         ({"quantization": "int3"}, UsageError, "int3"),
         ({"lora_modules": {"x": "/no/such/adapter"}}, CheckpointError, "/no/such/adapter"),

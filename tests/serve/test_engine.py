@@ -96,13 +96,14 @@ def test_a_float8_cache_holds_twice_as_much_and_stays_near(tiny_dir, tiny_draft_
     order=st.permutations(range(len(PROMPTS))),
     batched=st.integers(4, 64),
     block_size=st.sampled_from([1, 4, 16]),
+    host=st.sampled_from([None, 512 * 16, 512 * 400]),
     spare=st.integers(0, 12),
     num_seqs=st.integers(1, 6),
     caching=st.booleans(),
     threshold=st.sampled_from([0, 3]),
 )
 def test_scheduling_never_changes_greedy_tokens(
-    tiny_dir, expected, order, batched, block_size, spare, num_seqs, caching, threshold
+    tiny_dir, expected, order, batched, block_size, host, spare, num_seqs, caching, threshold
 ):
     """Any arrival order, chunking, block size, batch mix and preemption under a KV pool barely larger than one request."""
     per_token = 2 * 2 * 2 * 16 * 4  # layers, K and V, kv heads, head width, bytes
@@ -115,6 +116,7 @@ def test_scheduling_never_changes_greedy_tokens(
         enable_prefix_caching=caching,
         long_prefill_threshold=threshold,
         kv_cache_memory=(longest + block_size + spare) * per_token,
+        kv_offload_memory=host if caching else None,
         max_model_len=128,
     )
     outputs = llm.generate([PROMPTS[i] for i in order], [greedy(LENGTHS[i]) for i in order])
@@ -134,6 +136,22 @@ def test_preemption_happens_and_resumes(tiny_dir, expected):
     outputs = llm.generate(PROMPTS, [greedy(n) for n in LENGTHS])
     assert llm.engine.core.preemptions_total > 0
     assert tokens_of(outputs) == expected
+
+
+def test_evicted_blocks_come_back_from_the_host(tiny_dir, expected):
+    """Preempted requests and repeated prompts find in host memory what the small pool had to give up, and say the same."""
+    tight = dict(kv_cache_memory=512 * 150, max_num_seqs=6, block_size=4)
+    llm = LLM(str(tiny_dir), **tight, kv_offload_memory="1MiB")
+    blocks = llm.engine.core.runner.blocks
+    for _ in range(2):
+        outputs = llm.generate(PROMPTS, [greedy(n) for n in LENGTHS])
+        assert tokens_of(outputs) == expected
+        assert_drained(llm)
+    assert llm.engine.core.preemptions_total > 0 and blocks.host_hits > 0
+    without = LLM(str(tiny_dir), **tight)
+    for _ in range(2):
+        without.generate(PROMPTS, [greedy(n) for n in LENGTHS])
+    assert blocks.prefix_hits > without.engine.core.runner.blocks.prefix_hits
 
 
 def test_random_aborts_leak_nothing_and_disturb_nobody(tiny_dir, expected):

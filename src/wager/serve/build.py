@@ -72,7 +72,7 @@ def build_engine(config: EngineConfig, observers: Sequence[Observer] = ()) -> En
     stream_layers(loaded.model, config)
     limits = decide_limits(config, loaded.model, device)
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, loaded)
-    runner = build_runner(loaded.model, config, limits, device)
+    runner = build_runner(loaded.model, config, limits, device, config.kv_offload_memory)
     if team is not None:
         runner = TensorParallelRunner(runner, team)
     scheduler = ContinuousScheduler(
@@ -201,8 +201,10 @@ def decide_limits(config: EngineConfig, model: Model, device: torch.device) -> L
     )
 
 
-def build_runner(model: Model, config: EngineConfig, limits: Limits, device: torch.device) -> ModelRunner:
-    """Size the KV pools and put the model over them."""
+def build_runner(
+    model: Model, config: EngineConfig, limits: Limits, device: torch.device, offload_bytes: int | str | None = None
+) -> ModelRunner:
+    """Size the KV pools, and the tier behind them if any, and put the model over them."""
     dtype = kv_dtype(config, model, device)
     groups = groups_for(model.attention)
     per_block = KVPool.bytes_per_block(model.attention, config.block_size, dtype)
@@ -222,8 +224,13 @@ def build_runner(model: Model, config: EngineConfig, limits: Limits, device: tor
             num_blocks * config.block_size,
             limits.max_model_len,
         )
-    blocks = BlockManager(groups, num_blocks, config.block_size, config.enable_prefix_caching)
-    pool = KVPool(model.attention, groups, num_blocks, config.block_size, dtype, device)
+    num_host_blocks = int(offload_bytes or 0) // per_block
+    if offload_bytes is not None and num_host_blocks < 1:
+        raise CapacityError(
+            f"kv_offload_memory of {offload_bytes} holds no block of {config.block_size} tokens ({per_block} bytes); raise it"
+        )
+    blocks = BlockManager(groups, num_blocks, config.block_size, config.enable_prefix_caching, num_host_blocks)
+    pool = KVPool(model.attention, groups, num_blocks, config.block_size, dtype, device, num_host_blocks)
     return ModelRunner(model, pool, blocks)
 
 

@@ -50,9 +50,12 @@ def serve(
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="tokens of one engine step")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: half the memory of bfloat16, rounded")] = "auto",
     kv_cache_memory: Annotated[str, typer.Option(help="size of the KV cache, e.g. 2GB")] = "auto",
+    kv_offload_memory: Annotated[
+        str | None, typer.Option(help="host memory for cached blocks that the KV cache gives up, e.g. 2GB")
+    ] = None,
     block_size: Annotated[int, typer.Option(help="tokens of a KV block")] = 16,
     enable_prefix_caching: Annotated[bool, typer.Option(help="reuse the KV of shared beginnings")] = True,
-    scheduling_policy: Annotated[str, typer.Option(help="fcfs, priority or longest-prefix")] = "fcfs",
+    scheduling_policy: Annotated[str, typer.Option(help="fcfs, priority, deadline or longest-prefix")] = "fcfs",
     long_prefill_threshold: Annotated[
         int, typer.Option(help="most prompt tokens of one request in a step; 0 is no limit")
     ] = 0,
@@ -92,6 +95,7 @@ def serve(
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory=kv_cache_memory,
+        kv_offload_memory=kv_offload_memory,
         block_size=block_size,
         enable_prefix_caching=enable_prefix_caching,
         scheduling_policy=scheduling_policy,

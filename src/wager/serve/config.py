@@ -8,7 +8,7 @@ from typing import Any
 
 from wager.errors import UsageError
 
-POLICIES = ("fcfs", "priority", "longest-prefix")
+POLICIES = ("fcfs", "priority", "longest-prefix", "deadline")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "fp8")
 
@@ -163,6 +163,8 @@ class EngineConfig:
         max_num_batched_tokens: tokens of one step. None: 512 on a CPU, 4096 on a GPU.
         kv_cache_dtype: "auto", the weights' own, or "fp8": keys and values rounded to e4m3, on a CPU.
         kv_cache_memory: bytes for the KV pools, or "auto": what max_num_seqs full-length requests could use, at most 30 % of free memory.
+        kv_offload_memory: bytes of a second tier in the host's memory ("2GB"): cached blocks that the KV pools give up go there, and come back
+            when a prompt begins with them or a preempted request resumes. None: evicted blocks are computed again.
         max_queue: requests that may wait; one more is refused with CapacityError.
         long_prefill_threshold: most prompt tokens of one request in one step, 0 is no limit.
         pooling: how embeddings are made from hidden states, "mean" or "last".
@@ -183,6 +185,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     kv_cache_dtype: str = "auto"
     kv_cache_memory: int | str = "auto"
+    kv_offload_memory: int | str | None = None
     block_size: int = 16
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"
@@ -225,9 +228,15 @@ class EngineConfig:
             check_integer(name, getattr(self, name), 0, name)
         if isinstance(self.kv_cache_memory, str) and self.kv_cache_memory != "auto":
             object.__setattr__(self, "kv_cache_memory", parse_bytes(self.kv_cache_memory))
-        if isinstance(self.offload_memory, str):
-            object.__setattr__(self, "offload_memory", parse_bytes(self.offload_memory))
-        check_integer("offload_memory", self.offload_memory, 1, "offload_memory")
+        for name in ("offload_memory", "kv_offload_memory"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, parse_bytes(value))
+            check_integer(name, getattr(self, name), 1, name)
+        if self.kv_offload_memory is not None and not self.enable_prefix_caching:
+            raise UsageError(
+                f"kv_offload_memory {self.kv_offload_memory} keeps cached blocks: it needs enable_prefix_caching",
+                param="kv_offload_memory",
+            )
         self._check_offload()
         if self.kv_cache_memory != "auto":
             check_integer("kv_cache_memory", self.kv_cache_memory, 1, "kv_cache_memory")

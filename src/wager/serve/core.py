@@ -314,6 +314,7 @@ class EngineCore:
             prefix_queries_total=blocks.prefix_queries,
             prefix_hits_total=blocks.prefix_hits,
             preemptions_total=self.preemptions_total,
+            host_hits_total=blocks.host_hits,
             drafts=len(accepted),
             accepted_tokens=sum(accepted),
             accepted_per_position=tuple(accepted_by_depth(self.speculator.max_depth, accepted).tolist())

@@ -236,7 +236,17 @@ MEMORY = (
         ("tests/serve/cache/test_pool.py::test_export_and_import_carry_a_sequence_between_pools",
          "tests/serve/cache/test_pool.py::test_an_export_is_a_copy_and_survives_a_file"),
     ),
-    absent("kv_offload", "system/memory", "KV offload to host, disk or remote", "blocks can be exported; no tier below memory keeps them"),
+    Feature(
+        "kv_offload", "system/memory", "cached blocks that the KV pools give up are kept in the host's memory", EXACT,
+        ("kv_offload_memory",), "wager.serve.cache.block_pool:HostTier",
+        (ENGINE + "test_evicted_blocks_come_back_from_the_host", BLOCKS + "TestBooks::runTest",
+         "tests/serve/cache/test_pool.py::test_blocks_go_behind_the_pool_and_come_back"),
+        note="preempted requests resume from there too: preemption by swapping",
+        enabled_when=lambda c: c.kv_offload_memory is not None,
+    ),
+    absent("kv_remote", "system/memory", "KV offload to disk or remote machines", "blocks can be exported to a file; no tier keeps them there"),
+    absent("sleep", "system/memory", "sleep, wake and swapping of weights at run time", "a server holds one model from start to end"),
+    absent("expert_offload", "system/memory", "experts of a mixture streamed one by one", "whole layers are streamed, with all their experts"),
 )  # fmt: skip
 
 SCHEDULING = (
@@ -254,6 +264,12 @@ SCHEDULING = (
         "preemption", "system/scheduling", "preemption by recompute", EXACT, (),
         "wager.serve.schedule.continuous:ContinuousScheduler",
         (ENGINE + "test_preemption_happens_and_resumes", SCHEDULER + "test_the_latest_is_preempted_recomputed_and_first_in_line_again"),
+    ),
+    Feature(
+        "deadline", "system/scheduling", "the request whose deadline comes first runs first", EXACT, ("scheduling_policy", "deadline_ms"),
+        "wager.serve.schedule.continuous:ContinuousScheduler",
+        (SCHEDULER + "test_the_earliest_deadline_runs_first_and_is_preempted_last",),
+        enabled_when=lambda c: c.scheduling_policy == "deadline",
     ),
     Feature(
         "priority", "system/scheduling", "priority scheduling", EXACT, ("scheduling_policy", "priority"),

@@ -35,6 +35,7 @@ class StepRecord:
     prefix_queries_total: int
     prefix_hits_total: int
     preemptions_total: int
+    host_hits_total: int = 0
     drafts: int = 0
     accepted_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()

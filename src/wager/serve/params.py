@@ -60,7 +60,8 @@ class SamplingParams:
     what else is in the batch. `logprobs` is the number of alternatives reported per generated token (0: the token itself only, -1: the
     whole vocabulary), `prompt_logprobs` the same for the prompt. `speculative_method` picks one of the engine's speculation methods for
     this request, "none" turns speculation off; None takes the engine's first. `stop` strings are searched in the text, `stop_token_ids` in the tokens.
-    `thinking_token_budget` closes a <think> block after so many tokens.
+    `thinking_token_budget` closes a <think> block after so many tokens. `deadline_ms` is when the request should be done, in milliseconds
+    after its arrival: the deadline policy runs the most urgent first.
 
     Raises UsageError naming the field and the allowed range.
     """
@@ -88,6 +89,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     thinking_token_budget: int | None = None
+    deadline_ms: float | None = None
     structured_outputs: StructuredOutputs | None = None
     speculative_method: str | None = None
     output_kind: OutputKind = OutputKind.CUMULATIVE
@@ -114,6 +116,7 @@ class SamplingParams:
         self._check("prompt_logprobs", self.prompt_logprobs, -1, None)
         self._check("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, None)
         self._check("thinking_token_budget", self.thinking_token_budget, 0, None)
+        self._check("deadline_ms", self.deadline_ms, 0.0, None, open_low=True)
         if self.thinking_token_budget is not None and self.structured_outputs is not None:
             raise UsageError(
                 "thinking_token_budget and structured outputs exclude each other: a constrained answer has no thoughts",

@@ -99,6 +99,19 @@ def test_block_copies_are_made_in_order_and_stay_in_their_group():
         assert torch.equal(new[8:12], old[0:4]) and torch.equal(new[:8], old[:8])
 
 
+def test_blocks_go_behind_the_pool_and_come_back():
+    specs = (AttentionSpec(2, 2, 8, 8, 1.0), AttentionSpec(2, 1, 8, 8, 1.0, window=4))
+    pool = KVPool(specs, groups_for(specs), [5, 3], 4, torch.float32, num_host_blocks=[2, 1])
+    for tensor in pool.tensors(0) + pool.tensors(1):
+        tensor.normal_()
+    before = [[t.clone() for t in pool.tensors(g)] for g in range(2)]
+    pool.copy_blocks([(0, 3, 6), (1, 2, 3), (0, 0, 3), (0, 6, 1), (1, 3, 0)])
+    for old, new in zip(before[0], pool.tensors(0), strict=True):
+        assert torch.equal(new[4:8], old[12:16]) and torch.equal(new[12:16], old[0:4])
+    for old, new in zip(before[1], pool.tensors(1), strict=True):
+        assert torch.equal(new[0:4], old[8:12]) and torch.equal(new[4:], old[4:])
+
+
 def test_moves_read_everything_before_they_write():
     pool = filled()
     before = snapshot(pool)

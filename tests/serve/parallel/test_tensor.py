@@ -88,6 +88,7 @@ def test_two_processes_generate_the_same_tokens_with_and_without_trees(tiny_dir,
     per_token = 2 * 2 * 1 * 16 * 4  # layers x (keys, values) x heads of one process x width x float32
     llm = LLM(
         str(tiny_dir), tensor_parallel_size=2, block_size=4, max_num_batched_tokens=48, kv_cache_memory=130 * per_token,
+        kv_offload_memory=80 * per_token,
         max_num_seqs=4, speculative_config=config,
     )  # fmt: skip
     core = llm.engine.core
@@ -95,6 +96,7 @@ def test_two_processes_generate_the_same_tokens_with_and_without_trees(tiny_dir,
         params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, speculative_method=method)
         assert tokens_of(llm.generate(PROMPTS, params)) == expected, method
     assert core.preemptions_total > 0 and core.runner.blocks.prefix_hits > 0
+    assert core.runner.blocks.host_hits > 0
     core.runner.blocks.check_invariants()
 
     seeded = SamplingParams(

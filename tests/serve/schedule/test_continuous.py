@@ -23,9 +23,9 @@ class Driver:
         self.now_s = 0.0
         self.count = 0
 
-    def add(self, prompt, new_tokens=4, **options):
+    def add(self, prompt, new_tokens=4, deadline_ms=None, **options):
         prompt = list(range(prompt)) if isinstance(prompt, int) else prompt
-        params = SamplingParams(max_tokens=new_tokens)
+        params = SamplingParams(max_tokens=new_tokens, deadline_ms=deadline_ms)
         request = Request(f"r{self.count}", prompt, params, self.now_s, len(prompt) + new_tokens, **options)
         self.count += 1
         self.scheduler.add(request)
@@ -102,7 +102,7 @@ SIZES = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, 
     block_size=st.sampled_from([1, 3, 8]),
     spare=st.integers(0, 20),
     threshold=st.sampled_from([0, 1, 5]),
-    policy=st.sampled_from(["fcfs", "priority", "longest-prefix"]),
+    policy=st.sampled_from(["fcfs", "priority", "longest-prefix", "deadline"]),
     drafts=st.integers(0, 3),
     accepted=st.integers(0, 3),
     gaps=st.lists(st.integers(0, 4), min_size=8, max_size=8),
@@ -169,6 +169,20 @@ def test_priority_decides_who_is_preempted():
     driver.drain(100)
     assert low.metrics.num_preemptions and not urgent.metrics.num_preemptions
     assert driver.finished == [urgent, low]
+
+
+def test_the_earliest_deadline_runs_first_and_is_preempted_last():
+    driver = Driver(max_num_seqs=1, policy="deadline")
+    requests = [driver.add(5, deadline_ms=ms) for ms in (None, 9_000, 500, None, 2_000)]
+    driver.drain(100)
+    assert driver.first_run == [requests[i] for i in (2, 4, 1, 0, 3)]
+    driver = Driver(num_blocks=10, block_size=1, caching=False, policy="deadline", watermark=0.0)
+    relaxed = driver.add(4, 5, deadline_ms=60_000)
+    driver.step()
+    urgent = driver.add(4, 6, deadline_ms=1_000)  # due before the other, though it came later
+    driver.drain(100)
+    assert relaxed.metrics.num_preemptions and not urgent.metrics.num_preemptions
+    assert driver.finished == [urgent, relaxed]
 
 
 def test_the_latest_is_preempted_recomputed_and_first_in_line_again():

@@ -3,17 +3,21 @@
 A sequence's position p lives in block table[p // block_size] of every group. Full blocks are named by a hash over their tokens and the
 hash before them, so a later sequence with the same beginning takes them over. Blocks nobody holds stay findable, in order of release,
 until they are needed: freeing is remembering, evicting is allocating. (Paged attention: arXiv 2309.06180.)
+
+A second tier may lie behind each group's blocks: numbers from `num_blocks` on are places in host memory where evicted content goes, and comes
+back from when a sequence begins with it, a preempted one as well as a new one.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
+
+from wager.serve.cache.block_pool import BlockPool
 
 HASH_BYTES = 16
 
@@ -24,47 +28,6 @@ class KVGroup:
 
     layers: tuple[int, ...]
     window: int | None = None
-
-
-class _BlockPool:
-    """The blocks of one group: reference counts, names, and the queue of those nobody holds."""
-
-    def __init__(self, num_blocks: int):
-        self.num_blocks = num_blocks
-        self.references = [0] * num_blocks
-        self.name_of: list[bytes | None] = [None] * num_blocks
-        self.block_of: dict[bytes, int] = {}
-        self.free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(num_blocks))
-
-    def allocate(self) -> int:
-        block, _ = self.free.popitem(last=False)
-        self.forget(block)
-        self.references[block] = 1
-        return block
-
-    def hold(self, block: int) -> None:
-        if self.references[block] == 0:
-            del self.free[block]
-        self.references[block] += 1
-
-    def release(self, block: int) -> None:
-        self.references[block] -= 1
-        if self.references[block] == 0:
-            self.free[block] = None
-            if self.name_of[block] is None:
-                self.free.move_to_end(block, last=False)
-
-    def name(self, block: int, name: bytes) -> None:
-        """Make a full block findable; the first of several equal blocks wins."""
-        if name not in self.block_of:
-            self.block_of[name] = block
-            self.name_of[block] = name
-
-    def forget(self, block: int) -> None:
-        name = self.name_of[block]
-        if name is not None:
-            del self.block_of[name]
-            self.name_of[block] = None
 
 
 @dataclass
@@ -85,7 +48,8 @@ class _Sequence:
 class BlockManager:
     """Block tables of all live sequences.
 
-    num_blocks: per group, one number for all or one each. Counters `prefix_queries` and `prefix_hits` are in tokens.
+    num_blocks: per group, one number for all or one each; num_host_blocks: of the tier in host memory, likewise. Counters `prefix_queries`,
+    `prefix_hits` and, of the latter, `host_hits` are in tokens.
     """
 
     def __init__(
@@ -94,14 +58,16 @@ class BlockManager:
         num_blocks: int | Sequence[int],
         block_size: int,
         enable_prefix_caching: bool = True,
+        num_host_blocks: int | Sequence[int] = 0,
     ):
-        counts = [num_blocks] * len(groups) if isinstance(num_blocks, int) else list(num_blocks)
+        counts = per_group(num_blocks, groups)
         self.groups, self.block_size, self.caching = tuple(groups), block_size, enable_prefix_caching
-        self._pools = [_BlockPool(count) for count in counts]
-        self._sequences: dict[str, _Sequence] = {}
         self._copies: list[tuple[int, int, int]] = []
+        hosts = per_group(num_host_blocks, groups)
+        self._pools = [BlockPool(g, n, h, self._copies) for g, (n, h) in enumerate(zip(counts, hosts, strict=True))]
+        self._sequences: dict[str, _Sequence] = {}
         self._pins: dict[bytes, list[tuple[int, int]]] = {}
-        self.prefix_queries = self.prefix_hits = 0
+        self.prefix_queries = self.prefix_hits = self.host_hits = 0
 
     # -- a sequence's life -------------------------------------------------------------------------------------------------------
 
@@ -110,16 +76,16 @@ class BlockManager:
         assert seq not in self._sequences, f"sequence {seq} is already open"
         names = self._cached_names(token_ids, cache_key)
         sequence = self._sequences[seq] = self._new_sequence(cache_key, len(names))
+        loaded = 0
         for g, (group, pool) in enumerate(zip(self.groups, self._pools, strict=True)):
             sequence.released[g] = first = self._first_visible_block(group, len(names) * self.block_size)
-            for i in range(first, len(names)):
-                block = pool.block_of[names[i]]
-                pool.hold(block)
-                sequence.tables[g][i] = block
+            loaded = max(loaded, pool.loads(names[first:])[0])
+            sequence.tables[g][first : len(names)] = pool.take(names[first:])
         sequence.num_blocks, sequence.names = len(names), names
         sequence.computed = len(names) * self.block_size
         self.prefix_queries += len(token_ids)
         self.prefix_hits += sequence.computed
+        self.host_hits += loaded * self.block_size
         return sequence.computed
 
     def match(self, token_ids: list[int], cache_key: tuple = ()) -> int:
@@ -227,8 +193,9 @@ class BlockManager:
         return sequence.tables[group][: sequence.num_blocks]
 
     def take_copies(self) -> list[tuple[int, int, int]]:
-        """(group, source block, target block) copies to make before the next write; each is handed out once."""
-        copies, self._copies = self._copies, []
+        """(group, source block, target block) copies to make in this order before the next write; each is handed out once."""
+        copies = self._copies[:]
+        self._copies.clear()  # the pools hold the same list
         return copies
 
     # -- the prefix cache --------------------------------------------------------------------------------------------------------
@@ -259,6 +226,7 @@ class BlockManager:
         for pool in self._pools:
             for block in list(pool.block_of.values()):
                 pool.forget(block)
+            pool.host.clear()
         return True
 
     def in_use(self, group: int) -> np.ndarray:
@@ -298,6 +266,8 @@ class BlockManager:
             for name, block in pool.block_of.items():
                 assert pool.name_of[block] == name, f"group {g}: block {block} is listed under a name it does not bear"
             assert sum(n is not None for n in pool.name_of) == len(pool.block_of)
+            places = list(pool.host.place_of.values()) + pool.host.free
+            assert len(set(places)) == len(places), f"group {g}: two names share a place in host memory: {places}"
 
     # -- inside ------------------------------------------------------------------------------------------------------------------
 
@@ -342,22 +312,28 @@ class BlockManager:
         if not self.caching:
             return []
         names: list[bytes] = []
-        full_groups = [p for g, p in zip(self.groups, self._pools, strict=True) if g.window is None]
+        full_pools = self._full_pools()
         for i in range((len(token_ids) - 1) // self.block_size):
             name = self._name(names[-1] if names else b"", token_ids, i, cache_key)
-            if any(name not in pool.block_of for pool in full_groups):
+            if not all(pool.has(name) for pool in full_pools):
                 break
             names.append(name)
-        while names and not self._windows_serve(names):
+        while names and not self._all_serve(names):
             names.pop()
         return names
 
-    def _windows_serve(self, names: list[bytes]) -> bool:
+    def _full_pools(self) -> list[BlockPool]:
+        return [p for g, p in zip(self.groups, self._pools, strict=True) if g.window is None]
+
+    def _all_serve(self, names: list[bytes]) -> bool:
+        """Whether every group has what it would see after these blocks, and free blocks for what it must load."""
         for group, pool in zip(self.groups, self._pools, strict=True):
-            if group.window is not None:
-                first = self._first_visible_block(group, len(names) * self.block_size)
-                if any(name not in pool.block_of for name in names[first:]):
-                    return False
+            visible = names[self._first_visible_block(group, len(names) * self.block_size) :]
+            if group.window is not None and not all(map(pool.has, visible)):
+                return False
+            missing, room = pool.loads(visible)
+            if missing > room:
+                return False
         return True
 
     def _chain(self, token_ids: list[int], count: int, cache_key: tuple) -> list[bytes]:
@@ -373,3 +349,8 @@ class BlockManager:
 
     def _pin_name(self, token_ids: list[int], cache_key: tuple) -> bytes:
         return blake2b(array("q", token_ids).tobytes() + repr(cache_key).encode(), digest_size=HASH_BYTES).digest()
+
+
+def per_group(count: int | Sequence[int], groups: Sequence[KVGroup]) -> list[int]:
+    """One number for every group, or one each."""
+    return [count] * len(groups) if isinstance(count, int) else list(count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from wager.models.base import AttentionSpec
 from wager.native.memory import huge_zeros
-from wager.serve.cache.block_manager import KVGroup
+from wager.serve.cache.block_manager import KVGroup, per_group
 
 FEW_ROWS = 16
 
@@ -29,7 +30,10 @@ def groups_for(specs: Sequence[AttentionSpec]) -> tuple[KVGroup, ...]:
 
 
 class KVPool:
-    """`k[layer]` is [S, G, K]; `v[layer]` is [S, G, V], None where the value is part of the key."""
+    """`k[layer]` is [S, G, K]; `v[layer]` is [S, G, V], None where the value is part of the key.
+
+    num_host_blocks: further blocks, numbered after the others, whose rows lie in the host's memory; only `copy_blocks` reaches them.
+    """
 
     def __init__(
         self,
@@ -39,17 +43,21 @@ class KVPool:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        num_host_blocks: int | Sequence[int] = 0,
     ):
-        counts = [num_blocks] * len(groups) if isinstance(num_blocks, int) else list(num_blocks)
-        self.groups, self.block_size = tuple(groups), block_size
+        self.groups, self.block_size, self.num_host_blocks = tuple(groups), block_size, num_host_blocks
         self.k: list[Tensor] = [torch.empty(0)] * len(specs)
         self.v: list[Tensor | None] = [None] * len(specs)
-        for group, count in zip(groups, counts, strict=True):
+        for group, count in zip(groups, per_group(num_blocks, groups), strict=True):
             for layer in group.layers:
                 spec, slots = specs[layer], count * block_size
                 self.k[layer] = zeros((slots, spec.num_kv_heads, spec.key_dim), dtype, device)
                 if not spec.value_from_key:
                     self.v[layer] = zeros((slots, spec.num_kv_heads, spec.value_dim), dtype, device)
+        self._host = [
+            [zeros((count * block_size, *pool.shape[1:]), dtype, "cpu") for pool in self.tensors(g)] if count else []
+            for g, count in enumerate(per_group(num_host_blocks, groups))
+        ]
 
     @staticmethod
     def bytes_per_block(specs: Sequence[AttentionSpec], block_size: int, dtype: torch.dtype) -> int:
@@ -63,11 +71,19 @@ class KVPool:
         return [pool for layer in layers for pool in (self.k[layer], self.v[layer]) if pool is not None]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """Carry out (group, source block, target block) copies."""
+        """Carry out (group, source block, target block) copies, in this order."""
         for group, source, target in copies:
-            for pool in self.tensors(group):
-                blocks = pool.view(-1, self.block_size, *pool.shape[1:])
-                blocks[target].copy_(blocks[source])
+            pools, hosts = self.tensors(group), self._host[group]
+            for pool, host in zip_longest(pools, hosts):
+                self._rows(pool, host, target).copy_(self._rows(pool, host, source))
+
+    def _rows(self, pool: Tensor, host: Tensor | None, block: int) -> Tensor:
+        """A block's rows in one layer's pool, or in the host's memory behind it."""
+        first, behind = block * self.block_size, block * self.block_size - len(pool)
+        if behind < 0:
+            return pool[first : first + self.block_size]
+        assert host is not None, f"block {block} lies behind a pool of {len(pool)} rows and there is no host memory"
+        return host[behind : behind + self.block_size]
 
     def move(self, group: int, source_slots: Tensor, target_slots: Tensor) -> None:
         """Move rows to other slots in every layer of the group; sources are read before targets are written."""

@@ -25,13 +25,14 @@ class ServerMetrics:
         self.registry = CollectorRegistry()
         self.last: StepRecord | None = None
         self.drafts = self.draft_tokens = self.accepted_tokens = self.steps = 0
-        self._previous = (0, 0, 0, 0, 0)
+        self._previous = (0, 0, 0, 0, 0, 0)
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
         self.running = gauge("num_requests_running", "Requests in the running batch")
         self.waiting = gauge("num_requests_waiting", "Requests in the queue")
         self.kv_usage = gauge("kv_cache_usage_perc", "Share of KV blocks held, 0 to 1")
         self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self.host_hits = counter("external_prefix_cache_hits", "Of those, tokens that came back from the host's memory")
         self.preemptions = counter("num_preemptions", "Requests that gave up their blocks and were queued again")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed")
         self.generation_tokens = counter("generation_tokens", "Tokens generated")
@@ -88,8 +89,11 @@ class ServerMetrics:
             record.prefix_queries_total,
             record.prefix_hits_total,
             record.preemptions_total,
+            record.host_hits_total,
         )
-        counters = (self.prompt_tokens, self.generation_tokens, self.prefix_queries, self.prefix_hits, self.preemptions)
+        counters = (
+            self.prompt_tokens, self.generation_tokens, self.prefix_queries, self.prefix_hits, self.preemptions, self.host_hits,
+        )  # fmt: skip
         for counter, now, before in zip(counters, totals, self._previous, strict=True):
             counter.inc(max(0, now - before))
         self._previous = totals

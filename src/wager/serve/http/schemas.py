@@ -60,6 +60,7 @@ class SamplingBody(Body):
     truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     thinking_token_budget: Annotated[int, Field(ge=0)] | None = None
+    deadline_ms: Annotated[float, Field(gt=0)] | None = None
     priority: Integer | None = None
     cache_salt: str | None = None
     speculative_method: str | None = None
@@ -152,6 +153,7 @@ class SamplingBody(Body):
             skip_special_tokens=self.skip_special_tokens,
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             thinking_token_budget=self.thinking_token_budget,
+            deadline_ms=self.deadline_ms,
             structured_outputs=constraint,
             speculative_method=self.speculative_method,
             output_kind=OutputKind.DELTA if self.stream else OutputKind.FINAL_ONLY,

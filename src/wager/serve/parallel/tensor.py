@@ -222,7 +222,7 @@ class TensorParallelRunner(ModelRunner):
         self.team = team
         block_size = self.blocks.block_size
         num_blocks = [len(self.pool.k[group.layers[0]]) // block_size for group in self.blocks.groups]
-        team.send(("pool", num_blocks, block_size, self.pool.k[0].dtype))
+        team.send(("pool", num_blocks, block_size, self.pool.k[0].dtype, self.pool.num_host_blocks))
 
     def run(self, batch: Batch, copies: Sequence[tuple[int, int, int]]) -> Tensor:
         if batch.adapters is not None:
@@ -253,8 +253,8 @@ def work(pipe: Connection) -> None:
         except EOFError:
             return
         if kind == "pool":
-            num_blocks, block_size, dtype = rest
-            pool = KVPool(model.attention, groups, num_blocks, block_size, dtype)
+            num_blocks, block_size, dtype, num_host_blocks = rest
+            pool = KVPool(model.attention, groups, num_blocks, block_size, dtype, num_host_blocks=num_host_blocks)
         elif kind == "move":
             assert pool is not None
             pool.move(*rest)

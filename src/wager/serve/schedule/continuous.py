@@ -7,6 +7,7 @@ its blocks and later computes them again, mostly from the prefix cache. (Orca, O
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -71,8 +72,8 @@ class ContinuousScheduler:
 
     def next_batch(self, now_s: float, draft_tokens: int = 0) -> StepPlan:
         plan = StepPlan()
-        if self.config.policy == "priority":
-            self.running.sort(key=_by_priority)
+        if self.config.policy in ORDERS:
+            self.running.sort(key=ORDERS[self.config.policy])
         budget = self._continue_running(plan, draft_tokens)
         if not plan.preempted:
             self._admit(plan, budget, now_s)
@@ -166,8 +167,8 @@ class ContinuousScheduler:
             return ready
         late = [r for r in ready if now_s - r.arrival_s > self.config.max_wait_s]
         rest = [r for r in ready if now_s - r.arrival_s <= self.config.max_wait_s]
-        if self.config.policy == "priority":
-            return sorted(late, key=lambda r: r.arrival_s) + sorted(rest, key=_by_priority)
+        if self.config.policy in ORDERS:
+            return sorted(late, key=lambda r: r.arrival_s) + sorted(rest, key=ORDERS[self.config.policy])
         near, far = rest[:LOOK_AHEAD], rest[LOOK_AHEAD:]
         near.sort(key=lambda r: -self.blocks.match(r.token_ids, r.cache_key))
         return late + near + far
@@ -196,3 +197,12 @@ class ContinuousScheduler:
 
 def _by_priority(request: Request) -> tuple[int, float]:
     return request.priority, request.arrival_s
+
+
+def _by_deadline(request: Request) -> tuple[float, float]:
+    """Requests without a deadline come after those that have one, in order of arrival."""
+    due_ms = math.inf if request.params.deadline_ms is None else request.params.deadline_ms
+    return request.arrival_s + due_ms / 1e3, request.arrival_s
+
+
+ORDERS = {"priority": _by_priority, "deadline": _by_deadline}
