@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.models.families import build
+from wager import kernels
 from wager.errors import UsageError
 from wager.models.loader import load_model
 from wager.serve.cache.block_manager import BlockManager
@@ -45,7 +46,7 @@ def test_a_chain_of_stages_is_the_model(name, tmp_path):
     layers = len(model.attention)
     groups = groups_for(model.attention)
     blocks = BlockManager(groups, BLOCKS, BLOCK)
-    model.prepack(None)
+    model.prepack(kernels.usual_mode(loaded.model.dtype, torch.device("cpu")))
     runner = ModelRunner(model, KVPool(model.attention, groups, BLOCKS, BLOCK, loaded.model.dtype), blocks)
     bounds = [(l, l + 1) for l in range(layers)]
     stages = []
