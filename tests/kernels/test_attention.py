@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from wager.kernels import native
-from wager.kernels.registry import choice
+from wager.kernels.registry import choice, usual_mode
 from wager.serve.batch import ragged_starts
 
 pytestmark = pytest.mark.skipif(choice().form != "native", reason="native kernels cannot be built here")
@@ -60,7 +60,9 @@ def test_every_variant_equals_its_definition_in_float64(heads, kv_heads, key_dim
     arguments = made(1, [130, 0, 31, 1100], [1, 37, 3, 2], heads, kv_heads, key_dim, value_dim, latent=latent)
     extra = {**extra, "sinks_H": torch.linspace(-2, 2, heads)} if "sinks_H" in extra else extra
     got = native.paged_attention(*arguments, **extra)
-    torch.testing.assert_close(got.double(), exact(*arguments, **extra), atol=4e-6, rtol=4e-6)
+    # where bfloat16 pairs are multiplied, queries and weights are sums of two bfloat16 numbers
+    bound = 4e-6 if usual_mode(torch.bfloat16, torch.device("cpu")) is None else 2e-5
+    torch.testing.assert_close(got.double(), exact(*arguments, **extra), atol=bound, rtol=bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,10 +1,7 @@
 // What happens to activations between linears: gates, rotation, and rounding to bfloat16, int8 or int16.
 #pragma once
-#include <algorithm>
 #include <cmath>
-#include <vector>
 
-#include "pool.h"
 #include "simd.h"
 
 static inline vf tanh_v(vf x) {
@@ -29,11 +26,8 @@ static inline void rope_row(const float* x, const float* cos, const float* sin, 
     for (long i = 2 * pairs; i < width; i++) y[i] = x[i];
 }
 
-struct QuantisedRows {
-    std::vector<int8_t> values;
-    std::vector<float> scales;
-    std::vector<int32_t> offsets;
-};
+// Keeps the compiler from fusing products with the additions that follow: near ties they would round differently from the definition.
+static inline void as_they_are(float (&values)[64]) { asm("" : "+m"(values)); }
 
 // Symmetric int8 per group of inputs: scale = max |x| / 127, value = nearest integer of x (127 / max), ties to even. `offsets` get
 // -offset * sum of the group's values. A group with a value that is not finite gets the scale NaN, so that the output shows it.
@@ -48,8 +42,9 @@ static inline void quantise_group(const float* x, int group, int offset, int8_t*
     float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
     *scale = top / 127.0f + sum(sums);
     int32_t total = 0;
-    float scaled[64];  // a product of its own: fused into the next addition it would round near ties differently from the definition
+    float scaled[64];
     for (int i = 0; i < group; i++) scaled[i] = x[i] * inverse;
+    as_they_are(scaled);
     for (int i = 0; i < group; i++) {
         float v = (scaled[i] + 12582912.0f) - 12582912.0f;  // round to nearest integer, ties to even
         values[i] = (int8_t)(v == v ? v : 0);
@@ -57,20 +52,6 @@ static inline void quantise_group(const float* x, int group, int offset, int8_t*
     }
     *out = -offset * total;
 }
-
-static inline void quantise_rows(const float* x, long rows, long inputs, int group, int offset, int threads, QuantisedRows& to) {
-    long groups = inputs / group;
-    to.values.resize(rows * inputs), to.scales.resize(rows * groups), to.offsets.resize(rows * groups);
-    each(rows * inputs > 1 << 16 ? threads : 1, rows, [&](long r) {
-        for (long g = 0; g < groups; g++)
-            quantise_group(x + r * inputs + g * group, group, offset, to.values.data() + r * inputs + g * group, &to.scales[r * groups + g], &to.offsets[r * groups + g]);
-    });
-}
-
-struct WideRows {
-    std::vector<int16_t> values;
-    std::vector<float> scales;
-};
 
 // As quantise_group, in int16 with 4095 for the largest: a group's products with 14-bit weights then sum within an int32.
 static inline void widen_group(const float* x, int group, int16_t* values, float* scale) {
@@ -82,26 +63,11 @@ static inline void widen_group(const float* x, int group, int16_t* values, float
     }
     float top = highest(most), inverse = top > 1e-30f ? 4095.0f / top : 0.0f;
     *scale = top / 4095.0f + sum(sums);
-    float scaled[64];  // a product of its own, see quantise_group
+    float scaled[64];
     for (int i = 0; i < group; i++) scaled[i] = x[i] * inverse;
+    as_they_are(scaled);
     for (int i = 0; i < group; i++) {
         float v = (scaled[i] + 12582912.0f) - 12582912.0f;
         values[i] = (int16_t)(v == v ? v : 0);
     }
-}
-
-static inline void widen_rows(const float* x, long rows, long inputs, int group, int threads, WideRows& to) {
-    long groups = inputs / group;
-    to.values.resize(rows * inputs), to.scales.resize(rows * groups);
-    each(rows * inputs > 1 << 16 ? threads : 1, rows, [&](long r) {
-        for (long g = 0; g < groups; g++) widen_group(x + r * inputs + g * group, group, to.values.data() + r * inputs + g * group, &to.scales[r * groups + g]);
-    });
-}
-
-static inline void round_rows(const float* x, long count, int threads, std::vector<bf16>& to) {
-    to.resize(count);
-    constexpr long PIECE = 1 << 14;
-    each(count > 1 << 16 ? threads : 1, (count + PIECE - 1) / PIECE, [&](long p) {
-        narrow_n(x + p * PIECE, std::min(PIECE, count - p * PIECE), &to[p * PIECE]);
-    });
 }

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <vector>
 
-#include "attention_tiles.h"
+#include "attention_pairs.h"
 #include "pool.h"
 
 constexpr int TILE = 64;      // query rows (tokens times heads of the group) of a tile, at most; more when one token has more heads
@@ -43,7 +43,11 @@ struct Item {
 // What one thread keeps of an item: for each head, for each query row (token, head of the group).
 struct Scratch {
     std::vector<float> q, k, v, acc, top, totals, scores, rescale, fresh, bias;
+    std::vector<uint32_t> q_pairs, k_pairs, v_pairs, weight_pairs;
 };
+
+template <typename E>
+constexpr bool PAIRS = HAS_PAIRS && std::is_same_v<E, bf16>;
 
 // Sizes of an item. `copies`: blocks are widened first, which pays when many queries share them, or when rows have no whole number of pairs.
 struct Layout {
@@ -56,7 +60,7 @@ static Layout layout_of(const Args& a, const Item& item) {
     Layout l;
     l.group = a.heads / a.kv_heads, l.rows = item.count * l.group;
     l.kp = padded_width(a.key_dim), l.vp = padded_width(a.value_dim);
-    l.copies = l.kp != a.key_dim || l.vp != a.value_dim || (sizeof(E) < 4 && l.rows > DIRECT);
+    l.copies = !PAIRS<E> && (l.kp != a.key_dim || l.vp != a.value_dim || (sizeof(E) < 4 && l.rows > DIRECT));
     l.latent = a.v_pool == a.k_pool && a.v_slot == a.k_slot && a.v_head == a.k_head && l.vp == a.value_dim && a.value_dim <= a.key_dim;
     return l;
 }
@@ -116,7 +120,7 @@ static void aim(const Args& a, const Item& item, const Rows<E>& rows, int count,
     ahead.bytes[1] = ((item.heads - 1) * a.v_head + a.value_dim) * (long)sizeof(E);
     for (int j = 0; j < count; j++) ahead.add(rows.k[j]);
     for (int j = 0; j < count && !latent; j++) ahead.add(rows.v[j]);
-    ahead.quota = ahead.lines() / calls + 1;
+    ahead.quota = (ahead.lines() + calls - 1) / calls;
 }
 
 // Scores of the keys that a token does not see become -inf, whatever they were: past the last key lie leftovers. `hidden` is the token's row,
@@ -142,16 +146,22 @@ static bool hidden_keys(const Args& a, const Item& item, long token, long key, i
     return true;
 }
 
+// Scores of one head's queries with a block become softmax weights.
+static void soften(const Args& a, const Layout& l, Scratch& s, long head, const bool* partly) {
+    float* scores = s.scores.data();
+    if (a.softcap > 0)
+        for (long i = 0; i < l.rows * KEYS; i += VL) store(scores + i, softcap_v(load(scores + i), a.softcap));
+    for (long i = 0; i * l.group < l.rows; i++)
+        if (partly[i]) hide(scores + i * l.group * KEYS, l.group, s.bias.data() + i * KEYS);
+    weigh(scores, l.rows, s.top.data() + head * padded_width(l.rows), s.totals.data() + head * l.rows * VL, s.rescale.data(), s.fresh.data());
+}
+
 // All queries of one head take in a block of keys and values of type E at `k` and `v`.
 template <typename E>
 static void take_in(const Args& a, const Layout& l, Scratch& s, long head, const E* const* k, const E* const* v, int count, const bool* partly, Ahead& ahead) {
     float *scores = s.scores.data(), *rescale = s.rescale.data(), *q = s.q.data() + head * l.rows * l.kp, *acc = s.acc.data() + head * l.rows * l.vp;
     in_tiles(l.rows, [&](long r, auto rows) { scores_of<rows>(q + r * l.kp, l.kp, k, count, a.scale, scores + r * KEYS, ahead); });
-    if (a.softcap > 0)
-        for (long i = 0; i < l.rows * KEYS; i += VL) store(scores + i, softcap_v(load(scores + i), a.softcap));
-    for (long i = 0; i * l.group < l.rows; i++)
-        if (partly[i]) hide(scores + i * l.group * KEYS, l.group, s.bias.data() + i * KEYS);
-    weigh(scores, l.rows, s.top.data() + head * padded_width(l.rows), s.totals.data() + head * l.rows * VL, rescale, s.fresh.data());
+    soften(a, l, s, head, partly);
     for (long d = 0; d < l.vp;) {
         bool wide = d + 2 * PAIR <= l.vp;
         in_tiles(l.rows, [&](long r, auto rows) {
@@ -166,15 +176,44 @@ static void take_in(const Args& a, const Layout& l, Scratch& s, long head, const
     }
 }
 
+#if defined(__AVX512BF16__)
+// The same in products of bfloat16 pairs.
+static void take_in_pairs(const Args& a, const Layout& l, Scratch& s, long head, const Rows<bf16>& from, int count, const bool* partly, Ahead& ahead) {
+    float *scores = s.scores.data(), *acc = s.acc.data() + head * l.rows * l.vp;
+    int pairs = (count + 1) / 2;
+    two *q = room(s.q_pairs, 0) + head * l.rows * l.kp, *k = room(s.k_pairs, KEYS * l.kp / 2), *v = room(s.v_pairs, KEYS * l.vp / 2);
+    two* weights = room(s.weight_pairs, l.rows * KEYS);
+    turn_keys(from.k, a.key_dim, l.kp, count, k);
+    in_pair_tiles(l.rows, [&](long r, auto rows) { pair_scores<rows>(q + r * l.kp, l.kp, k, a.scale, scores + r * KEYS, ahead); });
+    soften(a, l, s, head, partly);
+    for (long r = 0; r < l.rows; r++) split_row(scores + r * KEYS, KEYS, weights + r * KEYS);
+    pair_values(from.v, a.value_dim, l.vp, pairs, v);
+    for (long d = 0; d < l.vp;) {
+        bool wide = d + 64 <= l.vp;
+        in_pair_tiles(l.rows, [&](long r, auto rows) {
+            constexpr int WIDTH = rows == MOST ? 2 : 4;
+            const two* mine = weights + r * KEYS;
+            float *sums = acc + r * l.vp, *rescale = s.rescale.data() + r;
+            if (wide && WIDTH == 4) return add_pairs<rows, WIDTH>(mine, v, pairs, d, l.vp, sums, rescale, ahead);
+            add_pairs<rows, 2>(mine, v, pairs, d, l.vp, sums, rescale, ahead);
+            if (wide) add_pairs<rows, 2>(mine, v, pairs, d + 32, l.vp, sums, rescale, ahead);
+        });
+        d += wide ? 64 : 32;
+    }
+}
+#endif
+
 // All heads of an item take in a block.
 template <typename E>
 static void take_in_block(const Args& a, const Item& item, const Layout& l, Scratch& s, Rows<E> rows, long key, int count, Ahead& ahead) {
     bool partly[TILE];
     for (long i = 0; i < item.count; i++) partly[i] = hidden_keys(a, item, i + item.first, key, count, s.bias.data() + i * KEYS);
     const float *k[KEYS], *v[KEYS];
-    for (int j = 0; j < KEYS; j++) k[j] = s.k.data() + j * l.kp, v[j] = l.latent ? k[j] : s.v.data() + j * l.vp;
+    for (int j = 0; j < KEYS && l.copies; j++) k[j] = s.k.data() + j * l.kp, v[j] = l.latent ? k[j] : s.v.data() + j * l.vp;
     for (long head = 0; head < item.heads; head++) {
-        if (l.copies) {
+        if constexpr (PAIRS<E>) {
+            take_in_pairs(a, l, s, head, rows, count, partly, ahead);
+        } else if (l.copies) {
             for (int j = 0; j < count; j++) widen_row(rows.k[j], a.key_dim, s.k.data() + j * l.kp);
             for (int j = 0; j < count && !l.latent; j++) widen_row(rows.v[j], a.value_dim, s.v.data() + j * l.vp);
             take_in(a, l, s, head, k, v, count, partly, ahead);
@@ -196,8 +235,19 @@ static void prepare(const Args& a, const Item& item, const Layout& l, Scratch& s
         for (long r = 0; r < l.rows; r++) {
             const float* from = a.q + (row0 + r / l.group) * a.q_token + ((item.head + head) * l.group + r % l.group) * a.key_dim;
             float* to = s.q.data() + (head * l.rows + r) * l.kp;
-            for (long d = 0; d < a.key_dim; d++) to[place<E>(d)] = from[d];
+            for (long d = 0; d < a.key_dim; d++) to[PAIRS<E> ? d : place<E>(d)] = from[d];
         }
+#if defined(__AVX512BF16__)
+    if constexpr (PAIRS<E>) split_row(s.q.data(), n * l.kp, room(s.q_pairs, n * l.kp));
+#endif
+}
+
+template <typename E>
+static inline long place_of_sum(long d) {
+#if defined(__AVX512BF16__)
+    if (PAIRS<E>) return place_of_value(d);
+#endif
+    return place<E>(d);
 }
 
 // The results of an item: final rows of the output, or its row of the partial results (top, total, sums).
@@ -211,7 +261,7 @@ static void finish(const Args& a, const Item& item, const Layout& l, const Scrat
             float* to = a.out + ((row0 + r / l.group) * a.heads + query_head) * a.value_dim;
             if (item.partial < 0) factor = inverse_total(a, query_head, top, total);
             else to = partial + (item.partial + i) * (a.value_dim + 2), *to++ = top, *to++ = total;
-            for (long d = 0; d < a.value_dim; d++) to[d] = s.acc[i * l.vp + place<E>(d)] * factor;
+            for (long d = 0; d < a.value_dim; d++) to[d] = s.acc[i * l.vp + place_of_sum<E>(d)] * factor;
         }
 }
 
@@ -221,6 +271,7 @@ static void run(const Args& a, const Item& item, const Item* next, Scratch& s, f
     Layout l = layout_of<E>(a, item);
     prepare<E>(a, item, l, s);
     long calls = item.heads * ((l.rows + MANY - 1) / MANY * (KEYS / VL) + l.vp / PAIR / 2);
+    if (PAIRS<E>) calls = item.heads * ((l.rows + MOST - 1) / MOST * ((l.kp + 63) / 64 + (l.vp + 63) / 64));
     Rows<E> rows, coming_rows;
     Ahead ahead;
     find_rows(a, item, item.key0, (int)std::min<long>(KEYS, item.key1 - item.key0), coming_rows);

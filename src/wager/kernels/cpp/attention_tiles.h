@@ -63,13 +63,18 @@ static inline void widen_row(const E* from, long width, float* to) {
     for (; d < width; d++) to[place<E>(d)] = widen(from[d]);
 }
 
-// Fetches the rows of the next block into the second-level cache, some lines at every call, so that memory works while sums are made.
+// Fetches the rows of the next block into the second-level cache, a share at every call, so that memory works while sums are made.
 struct Ahead {
     const char* rows[2 * KEYS];
     int count = 0, keys = 0, row = 0;  // the first `keys` rows are keys, the others values
     long at = 0, bytes[2] = {0, 0}, quota = 0;
 
     void add(const void* from) { rows[count++] = (const char*)from; }
+    void line() {
+        if (row >= count) return;
+        __builtin_prefetch(rows[row] + at, 0, 2);
+        if ((at += 64) >= bytes[row >= keys]) row++, at = 0;
+    }
     long lines() const { return (keys * bytes[0] + (count - keys) * bytes[1]) / 64; }
     void fetch() {
         for (long left = quota; left > 0 && row < count; left -= 4) {

@@ -1,5 +1,6 @@
 // The two halves of a transformer block around attention, each as one call: norm + qkv + head norms + rotation, and output projection +
 // norm + gated MLP. The arithmetic is that of the single operators, in their order, so the bits are the same.
+#include <algorithm>
 #include <vector>
 
 #include "activations.h"
@@ -65,7 +66,7 @@ void wager_block_input(const BlockInput* a) {
     Linear qkv = a->qkv;
     qkv.x = normed.data();
     wager_linear(&qkv);
-    each(rows * qkv.outputs > 1 << 16 ? qkv.threads : 1, rows, [&](long t) { heads_of_token(*a, t); });
+    each(rows * qkv.outputs > 1 << 14 ? qkv.threads : 1, rows, [&](long t) { heads_of_token(*a, t); });
 }
 
 void wager_block_output(const BlockOutput* a) {

@@ -1,12 +1,14 @@
 // Norms, activations, rotary embedding, and storing keys and values: one pass over memory each, float32 activations.
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "activations.h"
 #include "pool.h"
 #include "simd.h"
 
-constexpr long PARALLEL_ABOVE = 1 << 16;  // elements under which starting threads costs more than it saves
-constexpr long CLAIM = 1 << 14;           // elements that a thread claims at once
+constexpr long PARALLEL_ABOVE = 1 << 14;  // elements under which starting threads costs more than it saves
+constexpr long CLAIM = 1 << 12;           // elements that a thread claims at once
 
 template <typename F>
 static void each_row(int threads, long rows, long width, F&& body) {

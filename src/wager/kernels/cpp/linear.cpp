@@ -30,9 +30,9 @@ struct Tiles {
     long begin(long t) const { return rows * t / count; }
 };
 
-// All rows of the `count` times P panels that begin at `panel`, into `out`.
+// All rows of the `count` times P panels that begin at `panel`, into `out`. `after`: the weights that this thread uses next, or null.
 template <typename K, int P>
-static void block(const Work& work, long panel, long count, float* out, long ldo) {
+static void block(const Work& work, long panel, long count, float* out, long ldo, const char* after) {
     const Linear& a = work.a;
     static const float zeros[4 * NR] = {};
     long width = P * NR, unit_bytes = P * K::bytes(a.inputs);
@@ -44,16 +44,23 @@ static void block(const Work& work, long panel, long count, float* out, long ldo
         return;
     }
     const Tiles<K> tiles{a.rows};
-    const long per_block = std::max<long>(1, ROWS_IN_CACHE / K::MANY), sharers = std::min<long>(tiles.count, 8);
+    const long per_block = std::min(tiles.count, std::max<long>(1, ROWS_IN_CACHE / K::MANY)), sharers = std::min<long>(per_block, 8);
+    auto size_at = [&](long k) { return K::bytes(std::min<long>(a.inputs, k + K::SLICE)) - K::bytes(k); };
     for (long k0 = 0; k0 < a.inputs; k0 += K::SLICE) {
-        long k1 = std::min<long>(a.inputs, k0 + K::SLICE), next = K::bytes(k1), slice = next - K::bytes(k0);
+        long k1 = std::min<long>(a.inputs, k0 + K::SLICE), slice = size_at(k0);
         for (long t0 = 0; t0 < tiles.count; t0 += per_block)
-            for (long u = 0; u < count; u++)
-                for (long t = t0; t < std::min(tiles.count, t0 + per_block); t++) {  // the first tiles fetch the next slice, each its share
+            for (long u = 0; u < count; u++) {
+                const char *from = w + u * unit_bytes, *next = nullptr;  // what comes after this slice, unless it was here before
+                long size = slice;
+                if (u + 1 < count) next = t0 ? nullptr : from + unit_bytes + K::bytes(k0);
+                else if (t0 + per_block >= tiles.count) next = k1 < a.inputs ? w + K::bytes(k1) : after, size = size_at(k1 < a.inputs ? k1 : 0);
+                const long share = size / sharers, step = (share * K::PIECE + slice - 1) / slice;
+                for (long t = t0; t < std::min(tiles.count, t0 + per_block); t++) {  // the first tiles fetch it, each its share
                     long row = tiles.begin(t), rows = tiles.begin(t + 1) - row;
-                    const char *from = w + u * unit_bytes, *ahead = t < sharers ? from + next + slice * t / sharers : nullptr;
-                    rows_tile<K, P, true>((int)rows, work, {row, k0, k1, from, out + row * ldo + u * width, ldo, k0 ? nullptr : start(u), ahead, K::PIECE / sharers});
+                    const char* ahead = next && t - t0 < sharers ? next + share * (t - t0) : nullptr;
+                    rows_tile<K, P, true>((int)rows, work, {row, k0, k1, from, out + row * ldo + u * width, ldo, k0 ? nullptr : start(u), ahead, step});
                 }
+            }
     }
 }
 
@@ -65,13 +72,14 @@ static void scale_and_bias(const Linear& a, long panel, int width, float* out, l
         }
 }
 
-// `panels` panels from `first` on, with what follows the product.
+// `panels` panels from `first` on, with what follows the product; the thread most likely goes on at panel `next`.
 template <typename K, int P>
-static void unit(const Work& work, long first_panel, long panels) {
+static void unit(const Work& work, long first_panel, long panels, long next) {
     const Linear& a = work.a;
+    const char* after = a.weights + next * K::bytes(a.inputs);
     long width = panels * NR, first = first_panel * NR, count = std::min<long>(width, a.outputs - first), units = (panels + P - 1) / P;
     if (!a.gate && !a.residual && count == width && panels % P == 0) {
-        block<K, P>(work, first_panel, units, a.y + first, a.outputs);
+        block<K, P>(work, first_panel, units, a.y + first, a.outputs, after);
         if (a.scales) scale_and_bias(a, first_panel, (int)width, a.y + first, a.outputs);
         return;
     }
@@ -79,12 +87,12 @@ static void unit(const Work& work, long first_panel, long panels) {
     width = units * P * NR;
     scratch.resize(2 * a.rows * width);
     float *made = scratch.data(), *up = made + a.rows * width;
-    block<K, P>(work, first_panel, units, made, width);
+    long up_panel = a.outputs / NR + first_panel;
+    block<K, P>(work, first_panel, units, made, width, a.gate ? a.weights + up_panel * K::bytes(a.inputs) : after);
     if (a.scales) scale_and_bias(a, first_panel, (int)width, made, width);
     if (a.gate) {
-        long panel = a.outputs / NR + first_panel;
-        block<K, P>(work, panel, units, up, width);
-        if (a.scales) scale_and_bias(a, panel, (int)width, up, width);
+        block<K, P>(work, up_panel, units, up, width, after);
+        if (a.scales) scale_and_bias(a, up_panel, (int)width, up, width);
         for (long i = 0; i < a.rows * width; i += VL) store(made + i, (a.gate == 1 ? silu_v(load(made + i)) : gelu_tanh_v(load(made + i))) * load(up + i));
     }
     for (long r = 0; r < a.rows; r++) {
@@ -102,21 +110,30 @@ static void units(const Work& work) {
     long chunk = std::max<long>(1, std::min(CLAIM_BYTES / std::max<long>(1, bytes), n / (a.threads * 4)));
     int threads = a.rows * a.inputs * a.outputs > 200000 ? a.threads : 1;
     each(threads, (n + chunk - 1) / chunk, [&](long c) {
-        for (long u = c * chunk; u < std::min(n, (c + 1) * chunk); u++)
-            unit<K, P>(work, u * per_unit, per_unit == P ? P : std::min(per_unit, panels - u * per_unit));
+        for (long u = c * chunk, end = std::min(n, u + chunk); u < end; u++) {
+            long next = u + 1 < end ? u + 1 : std::min(n - 1, (c + threads) * chunk);  // others claim the chunks in between
+            unit<K, P>(work, u * per_unit, per_unit == P ? P : std::min(per_unit, panels - u * per_unit), next * per_unit);
+        }
     });
 }
 
-// Rows laid out tile by tile.
-template <typename K>
-static void tile_rows(const Work& work, std::vector<uint32_t>& to) {
-    const Tiles<K> tiles{work.a.rows};
-    to.resize(work.a.rows * work.steps);
-    each(work.a.rows * work.steps > 1 << 16 ? work.a.threads : 1, tiles.count, [&](long t) {
-        long row = tiles.begin(t), rows = tiles.begin(t + 1) - row;
-        element* out = to.data() + row * work.steps;
-        for (long r = 0; r < rows; r++)
-            for (long k = 0; k < work.steps; k++) out[k * rows + r] = work.x[(row + r) * work.steps + k];
+// Many rows tile by tile, the rows of a tile side by side; few one after the other. `fill(row, to)` writes a row's elements.
+template <typename K, typename Fill>
+static void lay_out(Work& work, std::vector<uint32_t>& to, Fill&& fill) {
+    const long rows = work.a.rows, steps = work.steps;
+    const int threads = rows * steps > 1 << 13 ? work.a.threads : 1;
+    to.resize(rows * steps);
+    work.x = to.data();
+    if (rows <= MR) return each(threads, rows, [&](long r) { fill(r, to.data() + r * steps); });
+    const Tiles<K> tiles{rows};
+    each(threads, tiles.count, [&](long t) {
+        thread_local std::vector<uint32_t> tile;
+        long row = tiles.begin(t), count = tiles.begin(t + 1) - row;
+        tile.resize(count * steps);
+        for (long r = 0; r < count; r++) fill(row + r, tile.data() + r * steps);
+        element* out = to.data() + row * steps;
+        for (long k = 0; k < steps; k++)
+            for (long r = 0; r < count; r++) *out++ = tile[r * steps + k];
     });
 }
 
@@ -132,11 +149,7 @@ static void group_sums(const Linear& a, std::vector<float>& to) {
 }
 
 template <typename K>
-static void linear(Work work) {
-    static thread_local std::vector<uint32_t> tiled;
-    static thread_local std::vector<float> sums;
-    if (K::ZEROS) group_sums<K>(work.a, sums), work.sums = sums.data();
-    if (work.a.rows > MR) tile_rows<K>(work, tiled), work.x = tiled.data();
+static void run(const Work& work) {
     switch (K::panels(work.a.rows <= MR ? (int)work.a.rows : K::MANY)) {
         case 4: return units<K, 4>(work);
         case 2: return units<K, 2>(work);
@@ -144,25 +157,53 @@ static void linear(Work work) {
     }
 }
 
+// float32 activations
+template <typename K>
+static void linear(const Linear& a) {
+    static thread_local std::vector<uint32_t> rows;
+    static thread_local std::vector<float> sums;
+    Work work{a, {}, (const element*)a.x, a.inputs, nullptr};
+    if (K::ZEROS) group_sums<K>(a, sums), work.sums = sums.data();
+    if (a.rows > MR) lay_out<K>(work, rows, [&](long r, uint32_t* to) { std::memcpy(to, a.x + r * a.inputs, a.inputs * 4); });
+    run<K>(work);
+}
+
 template <typename F>
 static void integer_linear(const Linear& a) {
-    static thread_local QuantisedRows rows;
-    quantise_rows(a.x, a.rows, a.inputs, F::GROUP, F::OFFSET, a.threads, rows);
-    Acts acts{rows.scales.data(), rows.offsets.data(), a.inputs, a.inputs / F::GROUP};
-    linear<Integer<F>>({a, acts, (const element*)rows.values.data(), a.inputs / 4, nullptr});
+    static thread_local std::vector<uint32_t> rows;
+    static thread_local std::vector<float> scales;
+    static thread_local std::vector<int32_t> offsets;
+    const long groups = a.inputs / F::GROUP;
+    scales.resize(a.rows * groups), offsets.resize(a.rows * groups);
+    float* scale = scales.data();
+    int32_t* offset = offsets.data();
+    Work work{a, {scale, offset, a.inputs, groups}, nullptr, a.inputs / 4, nullptr};
+    lay_out<Integer<F>>(work, rows, [&](long r, uint32_t* to) {
+        for (long g = 0; g < groups; g++)
+            quantise_group(a.x + r * a.inputs + g * F::GROUP, F::GROUP, F::OFFSET, (int8_t*)to + g * F::GROUP, scale + r * groups + g, offset + r * groups + g);
+    });
+    run<Integer<F>>(work);
 }
 
 static void wide_linear(const Linear& a) {
-    static thread_local WideRows rows;
-    widen_rows(a.x, a.rows, a.inputs, W16::GROUP, a.threads, rows);
-    Acts acts{rows.scales.data(), nullptr, a.inputs, a.inputs / W16::GROUP};
-    linear<Wide>({a, acts, (const element*)rows.values.data(), a.inputs / 2, nullptr});
+    static thread_local std::vector<uint32_t> rows;
+    static thread_local std::vector<float> scales;
+    const long groups = a.inputs / W16::GROUP;
+    scales.resize(a.rows * groups);
+    float* scale = scales.data();
+    Work work{a, {scale, nullptr, a.inputs, groups}, nullptr, a.inputs / 2, nullptr};
+    lay_out<Wide>(work, rows, [&](long r, uint32_t* to) {
+        for (long g = 0; g < groups; g++)
+            widen_group(a.x + r * a.inputs + g * W16::GROUP, W16::GROUP, (int16_t*)to + g * W16::GROUP, scale + r * groups + g);
+    });
+    run<Wide>(work);
 }
 
 static void pair_linear(const Linear& a) {
-    static thread_local std::vector<bf16> rounded;
-    round_rows(a.x, a.rows * a.inputs, a.threads, rounded);
-    linear<Plain<B16>>({a, {}, (const element*)rounded.data(), a.inputs / 2, nullptr});
+    static thread_local std::vector<uint32_t> rows;
+    Work work{a, {}, nullptr, a.inputs / 2, nullptr};
+    lay_out<Plain<B16>>(work, rows, [&](long r, uint32_t* to) { narrow_n(a.x + r * a.inputs, a.inputs, (bf16*)to); });
+    run<Plain<B16>>(work);
 }
 
 template <typename W>
@@ -206,21 +247,20 @@ static long pack_wide(const W* weight, long outputs, long inputs, char* packed, 
 
 extern "C" {
 void wager_linear(const Linear* a) {
-    Work work{*a, {}, (const element*)a->x, a->inputs, nullptr};
     switch (a->format) {
-        case 0: return linear<Plain<F32>>(work);
-        case 1: return linear<Plain<BF16>>(work);
-        case 2: return linear<Plain<I8>>(work);
+        case 0: return linear<Plain<F32>>(*a);
+        case 1: return linear<Plain<BF16>>(*a);
+        case 2: return linear<Plain<I8>>(*a);
         case 3: return pair_linear(*a);
         case 4: return integer_linear<W8>(*a);
-        case 5: return linear<Weighted<Grouped<4, false>, Table>>(work);
+        case 5: return linear<Weighted<Grouped<4, false>, Table>>(*a);
         case 6: return integer_linear<Grouped<4, false>>(*a);
-        case 7: return linear<Weighted<Grouped<4, false>, Codes<4>>>(work);
-        case 8: return linear<Weighted<Grouped<8, false>, Codes<8>>>(work);
+        case 7: return linear<Weighted<Grouped<4, false>, Codes<4>>>(*a);
+        case 8: return linear<Weighted<Grouped<8, false>, Codes<8>>>(*a);
         case 9: return integer_linear<Grouped<8, false>>(*a);
-        case 10: return linear<Weighted<Grouped<4, true>, Codes<4>>>(work);
+        case 10: return linear<Weighted<Grouped<4, true>, Codes<4>>>(*a);
         case 11: return integer_linear<Grouped<4, true>>(*a);
-        case 12: return linear<Plain<F16>>(work);
+        case 12: return linear<Plain<F16>>(*a);
         case 13: return wide_linear(*a);
     }
 }

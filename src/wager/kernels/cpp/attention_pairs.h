@@ -1,0 +1,135 @@
+// What attention does in registers where the processor multiplies pairs of bfloat16 (AVX-512 BF16), for keys and values in bfloat16.
+//
+// A block of keys is turned to [pairs of dimensions][keys], so that a score is one lane's chain over the dimensions and nothing is added across
+// lanes; values become [pairs of keys][dimensions]. Queries and softmax weights enter as the sum of two bfloat16 numbers, which leaves out less
+// than 2^-17 of a number: 2 instructions per 32 products, with the cache's numbers as they are.
+#pragma once
+#include <vector>
+
+#include "attention_tiles.h"
+
+#if defined(__AVX512BF16__)
+constexpr bool HAS_PAIRS = true;
+constexpr int MOST = 12;  // rows of a tile, so that MOST * 2 sums and their operands fill the registers
+
+typedef uint32_t two __attribute__((may_alias));  // two bfloat16 numbers
+
+static inline vf dot(vf sum, __m512i a, two b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32((int)b)); }
+
+// Room for `count` elements at a cache line's start; what was there is lost.
+static inline two* room(std::vector<uint32_t>& memory, long count) {
+    if ((long)memory.size() < count + 16) memory.resize(count + 16);
+    return (two*)(((uintptr_t)memory.data() + 63) & ~(uintptr_t)63);
+}
+
+// 32 numbers as 16 pairs (high, low): high is the number in bfloat16, low what is left of it.
+static inline void split(vf first, vf second, __m512i& high, __m512i& low) {
+    high = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    vf a = first - (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), 16);
+    vf b = second - (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16);
+    low = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+}
+// `to` gets, of every two numbers, their high parts and then their low ones.
+static inline void split_row(const float* from, long padded, two* to) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (long d = 0; d < padded; d += 32) {
+        __m512i high, low;
+        split(load(from + d), load(from + d + 16), high, low);
+        _mm512_storeu_si512(to + d, _mm512_permutex2var_epi32(high, first, low));
+        _mm512_storeu_si512(to + d + 16, _mm512_permutex2var_epi32(high, second, low));
+    }
+}
+
+// 8 pairs of 16 rows, columns made rows: to[KEYS * i] gets pair i of every row. Only `count` pairs of a row may be read, more are 0.
+static inline void turn_pairs(const bf16* const* rows, long d, int count, two* to) {
+    __mmask8 there = (__mmask8)((1u << count) - 1);
+    auto rows_of = [&](int i) {
+        __m256i low = _mm256_maskz_loadu_epi32(there, rows[i] + d), high = _mm256_maskz_loadu_epi32(there, rows[i + 8] + d);
+        return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    };
+    const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    __m512i quads[8];  // of 4 rows each: pairs i and i + 4
+    for (int half = 0; half < 8; half += 4) {
+        __m512i a = rows_of(half), b = rows_of(half + 1), c = rows_of(half + 2), e = rows_of(half + 3);
+        __m512i ab = _mm512_unpacklo_epi32(a, b), ab2 = _mm512_unpackhi_epi32(a, b), ce = _mm512_unpacklo_epi32(c, e), ce2 = _mm512_unpackhi_epi32(c, e);
+        quads[half] = _mm512_unpacklo_epi64(ab, ce), quads[half + 1] = _mm512_unpackhi_epi64(ab, ce);
+        quads[half + 2] = _mm512_unpacklo_epi64(ab2, ce2), quads[half + 3] = _mm512_unpackhi_epi64(ab2, ce2);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_store_si512(to + i * KEYS, _mm512_permutex2var_epi64(quads[i], even, quads[i + 4]));
+        _mm512_store_si512(to + (i + 4) * KEYS, _mm512_permutex2var_epi64(quads[i], odd, quads[i + 4]));
+    }
+}
+// Keys as [padded / 2][KEYS]. An odd width's last number is paired with 0.
+static inline void turn_keys(const bf16* const* keys, long width, long padded, int count, two* to) {
+    for (int j = 0; j < count; j += 16)
+        for (long d = 0; d < padded; d += 16) turn_pairs(keys + j, d, (int)std::clamp<long>((width - d) / 2, 0, 8), to + d / 2 * KEYS + j);
+    for (int j = 0; j < KEYS && width % 2; j++) to[width / 2 * KEYS + j] = keys[j][width - 1];
+}
+
+// Values as [pairs of keys][padded], of every 32 dimensions in the order that two unpacks leave (place_of_value).
+static inline void pair_values(const bf16* const* values, long width, long padded, int pairs, two* to) {
+    for (int j = 0; j < pairs; j++)
+        for (long d = 0; d < padded; d += 32) {
+            __mmask32 there = width - d >= 32 ? 0xffffffffu : (1u << (width - d)) - 1;
+            __m512i a = _mm512_maskz_loadu_epi16(there, values[2 * j] + d), b = _mm512_maskz_loadu_epi16(there, values[2 * j + 1] + d);
+            _mm512_store_si512(to + j * padded + d, _mm512_unpacklo_epi16(a, b));
+            _mm512_store_si512(to + j * padded + d + 16, _mm512_unpackhi_epi16(a, b));
+        }
+}
+static inline long place_of_value(long d) { return d / 32 * 32 + d % 8 / 4 * 16 + d % 32 / 8 * 4 + d % 4; }
+
+// Scores of ROWS queries with a block of keys. `ahead` fetches its quota evenly per 64 dimensions, here and in add_pairs: a burst of fetches
+// would make the loop wait for them.
+template <int ROWS>
+static __attribute__((noinline)) void pair_scores(const two* q, long padded, const two* keys, float scale, float* out, Ahead& ahead) {
+    vf sums[ROWS][2] = {};
+    const long fetches = (ahead.quota + 31) / 32;
+    for (long d = 0; d < padded / 2; d++) {
+        for (long i = 0; i < fetches; i++) ahead.line();
+        __m512i first = _mm512_load_si512(keys + d * KEYS), second = _mm512_load_si512(keys + d * KEYS + 16);
+        for (int part = 0; part < 2; part++)
+            for (int r = 0; r < ROWS; r++) {
+                two x = q[r * padded + 2 * d + part];
+                sums[r][0] = dot(sums[r][0], first, x), sums[r][1] = dot(sums[r][1], second, x);
+            }
+    }
+    for (int r = 0; r < ROWS; r++) store(out + r * KEYS, sums[r][0] * scale), store(out + r * KEYS + 16, sums[r][1] * scale);
+}
+
+// sums = sums * rescale + weights * values over `pairs` pairs of keys, for ROWS queries and WIDTH vectors from column `d` on.
+template <int ROWS, int WIDTH>
+static __attribute__((noinline)) void add_pairs(const two* weights, const two* values, int pairs, long d, long padded, float* acc, const float* rescale, Ahead& ahead) {
+    vf sums[ROWS][WIDTH];
+    const long fetches = (ahead.quota * WIDTH / 4 + 15) / 16;
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < WIDTH; i++) sums[r][i] = load(acc + r * padded + d + i * 16) * rescale[r];
+    for (int j = 0; j < pairs; j++) {
+        for (long i = 0; i < fetches; i++) ahead.line();
+        __m512i v[WIDTH];
+        for (int i = 0; i < WIDTH; i++) v[i] = _mm512_load_si512(values + j * padded + d + i * 16);
+        for (int part = 0; part < 2; part++)
+            for (int r = 0; r < ROWS; r++)
+                for (int i = 0; i < WIDTH; i++) sums[r][i] = dot(sums[r][i], v[i], weights[r * KEYS + 2 * j + part]);
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < WIDTH; i++) store(acc + r * padded + d + i * 16, sums[r][i]);
+}
+
+template <typename F>
+static inline void in_pair_tiles(long rows, F&& tile) {
+    using std::integral_constant;
+    long r = 0;
+    for (; r + MOST <= rows; r += MOST) tile(r, integral_constant<int, MOST>{});
+    for (; r + 6 <= rows; r += 6) tile(r, integral_constant<int, 6>{});
+    for (; r + 4 <= rows; r += 4) tile(r, integral_constant<int, 4>{});
+    switch (rows - r) {
+        case 3: return tile(r, integral_constant<int, 3>{});
+        case 2: return tile(r, integral_constant<int, 2>{});
+        case 1: return tile(r, integral_constant<int, 1>{});
+    }
+}
+#else
+constexpr bool HAS_PAIRS = false;
+constexpr int MOST = 1;
+#endif
