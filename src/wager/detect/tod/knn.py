@@ -18,8 +18,10 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from wager.detect.tod import bounds, native
-from wager.detect.tod.batching import Execution, row_blocks
+from wager.detect.tod.batching import PLACES, Execution, row_blocks
 
+BOXES_MIN_ROWS = 2000
+PLACES_SAMPLE = 4096
 TREE_MAX_FEATURES = 20
 TREE_MIN_ROWS = 2000
 SCAN_NS = (0.5, 0.01)  # a pair, and each of its features: less than a scan takes on one core of today
@@ -155,7 +157,7 @@ class Exhaustive:
 
 
 class Scan:
-    """The float32 scan in C++: candidates under `bounds.slack`, decided in float64."""
+    """The float32 scan in C++: candidates under `bounds.slack` where boxes do not rule them out, decided in float64."""
 
     name = "scan fp32"
 
@@ -165,24 +167,31 @@ class Scan:
         n, d = base_ND.shape
         self.centre_D, self.scale = centre_and_scale(base_ND)
         self.slack = np.float32(bounds.slack(d) * (1 + 2.0**-20))
-        self.block_rows, self.chunk_columns = execution.scan_tiles(
-            n, d, k, self.capacity, native.library().wager_knn_width()
+        self.directions_DP = (
+            directions(base_ND, self.centre_D, self.scale) if n >= BOXES_MIN_ROWS else np.empty((d, 0))
         )
+        width = native.library().wager_knn_width()
+        self.block_rows, self.chunk_columns = execution.scan_tiles(n, d, k, self.capacity, width)
         self.resident = self.pack(0, n) if self.chunk_columns >= n else None
 
-    def pack(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Panels, squared norms and norms of base rows start..stop."""
-        width, d = native.library().wager_knn_width(), self.base_ND.shape[1]
-        panels = -(-(stop - start) // width)
-        panel, norm2, norm = (
-            np.empty(size, np.float32) for size in (panels * d * width, panels * width, panels * width)
-        )
+    def pack(self, start: int, stop: int) -> tuple[np.ndarray, ...]:
+        """Panels, squared norms, norms, boxes (least and most along each direction) and the order of base rows start..stop."""
+        rows, width, (d, places) = stop - start, native.library().wager_knn_width(), self.directions_DP.shape
+        base, place_RP, order = self.base_ND[start:stop], np.empty((rows, places), np.float32), np.arange(rows, dtype=np.int32)
+        if places:
+            native.call(
+                "wager_knn_places", base, self.centre_D, self.scale, self.directions_DP, rows, d, places, place_RP
+            )  # fmt: skip
+            native.call("wager_knn_order", place_RP, places, order, rows, width)
+        panels = -(-rows // width)
+        panel, norm2, norm = (np.empty(size, np.float32) for size in (panels * d * width, panels * width, panels * width))
+        low, high = np.empty((places, panels), np.float32), np.empty((places, panels), np.float32)
         native.call(
-            "wager_knn_pack", self.base_ND[start:stop], self.centre_D, self.scale, stop - start, d, panel, norm2, norm
+            "wager_knn_pack", base, self.centre_D, self.scale, order, place_RP, rows, d, places, panel, norm2, norm, low, high
         )  # fmt: skip
-        return panel, norm2, norm
+        return panel, norm2, norm, low, high, order
 
-    def chunks(self) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    def chunks(self) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
         if self.resident is not None:
             yield 0, self.resident
             return
@@ -192,39 +201,40 @@ class Scan:
     def block(self, query_RD: np.ndarray | None, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, dict]:
         """Neighbours of rows start..stop."""
         points = self.base_ND if query_RD is None else query_RD
-        return self._rows(points[start:stop], start if query_RD is None else -1)
+        own = np.arange(start, stop) if query_RD is None else np.full(stop - start, -1)
+        return self.search(np.ascontiguousarray(points[start:stop]), own)
 
     def search(self, query_RD: np.ndarray, own_R: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict]:
-        """Neighbours of loose rows (used to time a sample; a row's own index is not left out)."""
-        return self._rows(query_RD, -1)
-
-    def _rows(self, query_RD: np.ndarray, self_from: int) -> tuple[np.ndarray, np.ndarray, dict]:
-        rows, d = query_RD.shape
-        with np.errstate(over="ignore"):
-            low_RD = np.ascontiguousarray((query_RD - self.centre_D) * self.scale, dtype=np.float32)
-            squares_R = np.einsum("rd,rd->r", low_RD, low_RD, dtype=np.float64)
-            norm2_R, norm_R = (
-                squares_R.astype(np.float32),
-                np.nextafter(np.sqrt(squares_R).astype(np.float32), np.float32(np.inf)),
-            )
+        """Neighbours of loose rows; own_R names the base row to leave out, or -1."""
+        (rows, d), places, own_R = query_RD.shape, self.directions_DP.shape[1], own_R.astype(np.int64)
+        low_RD, place_RP, order = np.empty((rows, d), np.float32), np.empty((rows, places), np.float32), np.arange(rows, dtype=np.int32)
+        norm2_R, norm_R = np.empty(rows, np.float32), np.empty(rows, np.float32)
+        native.call(
+            "wager_knn_rows", query_RD, self.centre_D, self.scale, self.directions_DP, rows, d, places, np.float32(-2), low_RD,
+            norm2_R, norm_R, place_RP,
+        )  # fmt: skip
+        count, threshold = np.zeros(rows, np.int32), np.full(rows, np.finfo(np.float32).max, np.float32)
+        unsafe = ~(norm2_R <= 1e30)  # a query far outside the base: float32 cannot hold it
+        count[unsafe], threshold[unsafe] = -1, -np.inf
+        if places:
+            place_RP[unsafe] = 0
+            native.call("wager_knn_order", place_RP, places, order, rows, native.library().wager_knn_width())
         index = np.empty((rows, self.capacity), np.int32)
         low, high = np.empty((rows, self.capacity), np.float32), np.empty((rows, self.capacity), np.float32)
-        count, threshold = np.zeros(rows, np.int32), np.full(rows, np.finfo(np.float32).max, np.float32)
-        unsafe = ~np.isfinite(norm2_R) | (norm2_R > 1e30)  # a query far outside the base: float32 cannot hold it
-        count[unsafe], threshold[unsafe] = -1, -np.inf
-        for column0, (panel, norm2, norm) in self.chunks():
-            native.call(
-                "wager_knn_scan", low_RD, norm2_R, norm_R, rows, d, panel, norm2, norm,
-                len(norm2) // native.library().wager_knn_width(), column0, self_from, np.int32(self.k), np.int32(self.capacity),
-                self.slack, index, low, high, count, threshold,
+        settled = 0
+        for first, (panel, norm2, norm, low_box, high_box, base_row) in self.chunks():
+            settled += native.call(
+                "wager_knn_scan", query_RD, low_RD, norm2_R, norm_R, place_RP, own_R, order, rows, self.base_ND, panel, norm2, norm,
+                low_box, high_box, base_row, first, len(base_row), d, places, np.int32(self.k), np.int32(self.capacity), self.slack,
+                float(self.scale), index, low, high, count, threshold,
             )  # fmt: skip
         distance, found = _outputs(rows, self.k)
         verified = np.zeros(1, np.int64)
-        overflowed = native.call(
-            "wager_knn_decide", np.ascontiguousarray(query_RD), self.base_ND, rows, len(self.base_ND), d, self_from,
-            np.int32(self.k), np.int32(self.capacity), index, low, high, count, threshold, distance, found, verified,
+        whole = native.call(
+            "wager_knn_decide", query_RD, self.base_ND, own_R, rows, len(self.base_ND), d, np.int32(self.k), np.int32(self.capacity),
+            index, low, count, threshold, distance, found, verified,
         )  # fmt: skip
-        return distance, found, {"verified_pairs": int(verified[0]), "fp64_rows": int(overflowed)}
+        return distance, found, {"verified_pairs": int(verified[0]) + int(settled), "settled_pairs": int(settled), "fp64_rows": int(whole)}
 
 
 class Tree:
@@ -280,6 +290,19 @@ class Tree:
             todo, width = todo[~finished], min(2 * width, groups)
             again += len(todo)
         return distance, index, {"asked_again_rows": again}
+
+
+def directions(base_ND: np.ndarray, centre_D: np.ndarray, scale: float) -> np.ndarray:
+    """Orthonormal directions (columns) along which a sample of the base varies most. Any would do for exactness; these rule out most."""
+    n, d = base_ND.shape
+    sample_SD = (base_ND[np.linspace(0, n - 1, min(n, PLACES_SAMPLE)).astype(np.int64)] - centre_D) * scale
+    if d <= 256:
+        _, vectors_DD = np.linalg.eigh(sample_SD.T @ sample_SD)
+        return np.ascontiguousarray(vectors_DD[:, ::-1][:, :PLACES])
+    found_DP = np.random.default_rng(0).normal(size=(d, PLACES))
+    for _ in range(3):
+        found_DP, _ = np.linalg.qr(sample_SD.T @ (sample_SD @ found_DP))
+    return np.ascontiguousarray(found_DP)
 
 
 def centre_and_scale(base_ND: np.ndarray) -> tuple[np.ndarray, float]:

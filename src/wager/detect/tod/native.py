@@ -34,7 +34,7 @@ SOURCES = tuple(sorted((Path(__file__).parent / "cpp").glob("*.cpp")))
 def library() -> ctypes.CDLL:
     """The compiled operators. Raises BuildError."""
     lib = build.load("wager_detect", SOURCES)
-    lib.wager_knn_decide.restype = ctypes.c_int64
+    lib.wager_knn_decide.restype = lib.wager_knn_scan.restype = ctypes.c_int64
     return lib
 
 
