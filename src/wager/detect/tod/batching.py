@@ -10,7 +10,7 @@ import psutil
 
 from wager.errors import CapacityError, UsageError
 
-PRECISIONS = ("auto", "fp64", "fp32", "fp16", "bf16")
+PRECISIONS = ("auto", "fp64", "fp32", "fp16", "bf16", "int8")
 SEARCHES = ("auto", "scan", "tree", "fp64")
 SHARE_OF_FREE_MEMORY = 0.8
 PLACES = 16  # directions along which the scan places a row
@@ -74,13 +74,13 @@ class Execution:
 
 
 def scan_row_bytes(d: int, k: int, capacity: int) -> int:
-    """float32 copy, place, candidates (index, low, high), own number, results."""
-    return 4 * d + 4 * PLACES + 12 * capacity + 16 * k + 40
+    """float32 and int8 copies, place, candidates (index, low, high), own number, results."""
+    return 5 * d + 4 * PLACES + 12 * capacity + 16 * k + 56
 
 
 def scan_column_bytes(d: int) -> int:
-    """Packed float32 copy and norms, order, boxes; while it is packed, its place."""
-    return 4 * d + 12 + 4 * PLACES + 4 * PLACES // 8
+    """Packed float32 and int8 copies, norms, levels' lengths, order, boxes; while it is packed, its place."""
+    return 5 * d + 32 + 4 * PLACES + 4 * PLACES // 8
 
 
 def row_blocks(rows: int, block: int) -> Iterator[tuple[int, int]]:
