@@ -72,7 +72,11 @@ def main() -> None:
         "--detectors", default=None, help="detectors whose training is measured (DOMINANT,GAE,CONAD,DONE)"
     )
     parser.add_argument("--seeds", type=int, default=None, help="seeds of the parity runs (20; 3 with --quick)")
-    parser.add_argument("--datasets", default=None, help="graphs of the parity runs (disney,books,inj_cora) or of the motif counts (gen_500,gen_1000; minutes for inj_cora)")
+    parser.add_argument(
+        "--datasets",
+        default=None,
+        help="graphs of the parity runs (disney,books,inj_cora) or of the motif counts (gen_500,gen_1000; minutes for inj_cora)",
+    )
     args = parser.parse_args()
     torch.set_num_threads(CPUS)
     with Worker([args.peer_python, str(WORKER)], log=Path("pygod_worker.log")) as peer:

@@ -24,7 +24,9 @@ WAYS = [
     Execution(precision="bf16"),
 ]
 HAS_INT8 = bool(native.library().wager_knn_has_int8())
-SCANS = [Execution(search="scan", precision="fp32")] + ([Execution(search="scan", precision="int8")] if HAS_INT8 else [])
+SCANS = [Execution(search="scan", precision="fp32")] + (
+    [Execution(search="scan", precision="int8")] if HAS_INT8 else []
+)
 
 
 @given(st.integers(0, 10**6), st.integers(2, 70), st.integers(1, 21), st.sampled_from(KINDS), st.data())
@@ -47,8 +49,12 @@ def test_boxes_and_levels_rule_out_no_neighbour(seed, n, d, kind, k):
     with patch.object(scan, "BOXES_MIN_ROWS", 1):
         for way in SCANS:
             found, new = nearest(None, x, k, way), nearest(query, x, k, way)
-            assert np.array_equal(found.index_RK, wanted.index_RK) and np.array_equal(found.distance_RK, wanted.distance_RK)
-            assert np.array_equal(new.index_RK, wanted_new.index_RK) and np.array_equal(new.distance_RK, wanted_new.distance_RK)
+            assert np.array_equal(found.index_RK, wanted.index_RK) and np.array_equal(
+                found.distance_RK, wanted.distance_RK
+            )
+            assert np.array_equal(new.index_RK, wanted_new.index_RK) and np.array_equal(
+                new.distance_RK, wanted_new.distance_RK
+            )
 
 
 @pytest.mark.parametrize("way", SCANS)
@@ -60,7 +66,11 @@ def test_near_ties_among_thousands(way, ulps):
     x = rng.integers(0, 3, (3000, 6)).astype(np.float64) * 64 + 1000
     x += rng.integers(-1, 2, x.shape) * ulps * np.spacing(1000.0)
     wanted = exact_neighbors(x, x, 9, 0)
-    for more in ({}, {"batch_rows": 700}, {"batch_rows": 500, "memory_bytes": 500 * scan_row_bytes(6, 9, 100) + 1300 * scan_column_bytes(6)}):
+    for more in (
+        {},
+        {"batch_rows": 700},
+        {"batch_rows": 500, "memory_bytes": 500 * scan_row_bytes(6, 9, 100) + 1300 * scan_column_bytes(6)},
+    ):
         found = nearest(None, x, 9, Execution(search="scan", precision=way.precision, **more))
         assert np.array_equal(found.index_RK, wanted.index_RK) and np.array_equal(found.distance_RK, wanted.distance_RK)
 

@@ -1,8 +1,9 @@
 """Exact k nearest neighbours in float64, found cheaply.
 
-Propose: a float32 (or fp16 / bf16) scan keeps every pair that could belong to the answer under `bounds`. Verify: the kept pairs are computed in
-float64 and the nearest chosen, ties by smaller index. Rows whose candidate list overflows are searched in float64. In few dimensions a
-tree over the distinct points proposes instead. Whatever proposes, whatever the tiles and the number of threads or processes, the
+Propose: a scan in int8 or float32 (or fp16 / bf16 by matrix products) keeps every pair that could belong to the answer under a proved bound, and
+leaves out what boxes prove to be too far. Verify: the kept pairs are computed in float64 and the nearest chosen, ties by smaller index; a list
+that runs full of near-ties is decided on the spot. Where many rows of few features are copies, a tree over the distinct points proposes.
+Whatever proposes, whatever the tiles and the number of threads or processes, the
 result has the same bits, because only float64 distances decide.
 Exact. Source: TOD (arXiv 2110.14007).
 """
@@ -102,7 +103,12 @@ def choose(query_RD: np.ndarray | None, base_ND: np.ndarray, k: int, execution: 
     if execution.search == "tree":
         return Tree(base_ND, k, execution)
     n, d = base_ND.shape
-    if execution.search == "auto" and n >= TREE_MIN_ROWS and d <= TREE_MAX_FEATURES and repeated_share(base_ND) > TREE_REPEATED:
+    if (
+        execution.search == "auto"
+        and n >= TREE_MIN_ROWS
+        and d <= TREE_MAX_FEATURES
+        and repeated_share(base_ND) > TREE_REPEATED
+    ):
         return Tree(base_ND, k, execution)
     return Scan(base_ND, k, execution)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -83,7 +82,9 @@ class Scan:
         """Whether int8 was asked for or is worth a try. Raises UsageError where the processor cannot."""
         able = bool(native.library().wager_knn_has_int8()) and self.base_ND.shape[1] <= INT8_FEATURES[1]
         if self.execution.precision == "int8" and not able:
-            raise UsageError("precision 'int8' needs a processor with AVX-512 VNNI and at most 16,000 features; use 'auto'")
+            raise UsageError(
+                "precision 'int8' needs a processor with AVX-512 VNNI and at most 16,000 features; use 'auto'"
+            )
         if self.execution.precision != "auto":
             return self.execution.precision == "int8"
         n, d = self.base_ND.shape
@@ -105,13 +106,8 @@ class Scan:
     def pack(self, start: int, stop: int) -> Panels:
         """Base rows start..stop."""
         rows, (d, places) = stop - start, self.directions_DP.shape
-        base, place_RP = self.base_ND[start:stop], np.empty((rows, places), np.float32)
-        order = np.arange(rows, dtype=np.int32)
-        if places:
-            native.call(
-                "wager_knn_places", base, self.centre_D, self.scale, self.directions_DP, rows, d, places, place_RP
-            )  # fmt: skip
-            native.call("wager_knn_order", place_RP, places, order, rows, width())
+        base = self.base_ND[start:stop]
+        place_RP, order = self.arrange(base)
         panels = -(-rows // width())
         columns = panels * width()
         panel, norm2, norm, longest = (np.empty(size, np.float32) for size in (columns * d, columns, columns, panels))
@@ -121,6 +117,19 @@ class Scan:
         )  # fmt: skip
         levels = self.pack_levels(base, order, panels) if self.int8 else NO_LEVELS
         return Panels(panel, norm2, norm, longest, low, high, levels, order)
+
+    def arrange(self, points_RD: np.ndarray, safe_R: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Places of rows along the directions, and the rows' order by place; rows that are not safe get place 0."""
+        rows, (d, places) = len(points_RD), self.directions_DP.shape
+        place_RP, order = np.empty((rows, places), np.float32), np.arange(rows, dtype=np.int32)
+        if places:
+            native.call(
+                "wager_knn_places", points_RD, self.centre_D, self.scale, self.directions_DP, rows, d, places, place_RP
+            )
+            if safe_R is not None:
+                place_RP[~safe_R] = 0
+            native.call("wager_knn_order", place_RP, places, order, rows, width())
+        return place_RP, order
 
     def pack_levels(self, base: np.ndarray, order: np.ndarray, panels: int) -> Levels:
         d, columns = base.shape[1], panels * width()
@@ -169,7 +178,11 @@ class Scan:
             "wager_knn_decide", query_RD, self.base_ND, own_R, rows, len(self.base_ND), d, np.int32(self.k), np.int32(self.capacity),
             index, low, count, threshold, distance, found, verified,
         )  # fmt: skip
-        facts = {"verified_pairs": int(verified[0]) + int(settled), "settled_pairs": int(settled), "fp64_rows": int(whole)}
+        facts = {
+            "verified_pairs": int(verified[0]) + int(settled),
+            "settled_pairs": int(settled),
+            "fp64_rows": int(whole),
+        }
         return distance, found, facts
 
 
@@ -189,21 +202,19 @@ class Asked:
 
     @staticmethod
     def of(query_RD: np.ndarray, scan: Scan) -> Asked:
-        (rows, d), places = query_RD.shape, scan.directions_DP.shape[1]
-        how = (scan.centre_D, scan.scale)
-        low_RD, place_RP = np.empty((rows, d), np.float32), np.empty((rows, places), np.float32)
-        norm2_R, norm_R, residual_R = np.empty(rows, np.float32), np.empty(rows, np.float32), np.zeros(rows, np.float32)
-        native.call(
-            "wager_knn_rows", query_RD, *how, scan.directions_DP, rows, d, places, np.float32(-2), low_RD, norm2_R, norm_R, place_RP,
-        )  # fmt: skip
-        words = length_R = None
+        (rows, d), how = query_RD.shape, (scan.centre_D, scan.scale)
+        low_RD, norm2_R, norm_R = (
+            np.empty((rows, d), np.float32),
+            np.empty(rows, np.float32),
+            np.empty(rows, np.float32),
+        )
+        native.call("wager_knn_rows", query_RD, *how, rows, d, np.float32(-2), low_RD, norm2_R, norm_R)
+        words, length_R, residual_R = None, None, np.zeros(rows, np.float32)
         if scan.int8:
             words, length_R = np.empty((rows, word_bytes(d)), np.uint8), np.empty(rows, np.int32)
             native.call("wager_knn_row_levels", query_RD, *how, rows, d, words, length_R, residual_R)
-        safe_R, order = norm2_R <= SAFE_NORM2, np.arange(rows, dtype=np.int32)
-        if places:
-            place_RP[~safe_R] = 0
-            native.call("wager_knn_order", place_RP, places, order, rows, width())
+        safe_R = norm2_R <= SAFE_NORM2
+        place_RP, order = scan.arrange(query_RD, safe_R)
         return Asked(low_RD, norm2_R, norm_R, place_RP, words, length_R, residual_R, order, safe_R)
 
     def parts(self, panels: Panels) -> Iterator[tuple[np.ndarray, Levels]]:

@@ -26,6 +26,17 @@ float levels(const double* row, const double* centre, double scale, int64_t d, T
     return std::nextafter(static_cast<float>(std::sqrt(sum) * (1 + 0x1p-30)), INFINITE);
 }
 
+// Where a scaled row lies along the directions.
+void place_row(const double* row, const double* centre, double scale, const double* direction, int64_t d, int64_t dims, std::vector<double>& along,
+               float* place) {
+    std::fill(along.begin(), along.end(), 0.0);
+    for (int64_t t = 0; t < d; ++t) {
+        const double v = (row[t] - centre[t]) * scale;
+        for (int64_t m = 0; m < dims; ++m) along[m] += v * direction[t * dims + m];
+    }
+    for (int64_t m = 0; m < dims; ++m) place[m] = static_cast<float>(along[m]);
+}
+
 // The direction along which a sample of the rows varies most.
 int64_t widest(const float* place, int64_t dims, const int32_t* order, int64_t n) {
     const int64_t step = std::max<int64_t>(1, n / SAMPLE);
@@ -60,44 +71,29 @@ void split(const float* place, int64_t dims, int32_t* order, int64_t n, int64_t 
 
 extern "C" {
 
-// Centred, scaled rows: low_RD = factor * row in float32, their squared norms and norms (rounded up), and their places along `dims` directions.
-void wager_knn_rows(const double* x, const double* centre, double scale, const double* direction, int64_t rows, int64_t d, int64_t dims,
-                    float factor, float* low, float* norm2, float* norm, float* place, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<double> along(std::max<int64_t>(dims, 1));
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r) {
-            double sum = 0;
-            std::fill(along.begin(), along.end(), 0.0);
-            for (int64_t t = 0; t < d; ++t) {
-                const double v = (x[r * d + t] - centre[t]) * scale;
-                const float f = static_cast<float>(v);
-                low[r * d + t] = factor * f, sum += static_cast<double>(f) * f;
-                for (int64_t m = 0; m < dims; ++m) along[m] += v * direction[t * dims + m];
-            }
-            norm2[r] = static_cast<float>(sum);
-            norm[r] = std::nextafter(static_cast<float>(std::sqrt(sum)), INFINITE);
-            for (int64_t m = 0; m < dims; ++m) place[r * dims + m] = static_cast<float>(along[m]);
+// Centred, scaled rows: low_RD = factor * row in float32, their squared norms and norms (rounded up).
+void wager_knn_rows(const double* x, const double* centre, double scale, int64_t rows, int64_t d, float factor, float* low, float* norm2,
+                    float* norm, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        double sum = 0;
+        for (int64_t t = 0; t < d; ++t) {
+            const float v = static_cast<float>((x[r * d + t] - centre[t]) * scale);
+            low[r * d + t] = factor * v, sum += static_cast<double>(v) * v;
         }
+        norm2[r] = static_cast<float>(sum);
+        norm[r] = std::nextafter(static_cast<float>(std::sqrt(sum)), INFINITE);
     }
 }
 
-// Places of rows along the directions, without the rest.
+// Places of rows along `dims` directions.
 void wager_knn_places(const double* x, const double* centre, double scale, const double* direction, int64_t rows, int64_t d, int64_t dims,
                       float* place, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         std::vector<double> along(dims);
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r) {
-            std::fill(along.begin(), along.end(), 0.0);
-            for (int64_t t = 0; t < d; ++t) {
-                const double v = (x[r * d + t] - centre[t]) * scale;
-                for (int64_t m = 0; m < dims; ++m) along[m] += v * direction[t * dims + m];
-            }
-            for (int64_t m = 0; m < dims; ++m) place[r * dims + m] = static_cast<float>(along[m]);
-        }
+        for (int64_t r = 0; r < rows; ++r) place_row(x + r * d, centre, scale, direction, d, dims, along, place + r * dims);
     }
 }
 
