@@ -111,9 +111,9 @@ def searches(limit: int | None, quick: bool) -> list[Job]:
 
 def others(limit: int | None, quick: bool) -> list[Job]:
     """PyOD's LOCI grows with the cube of the rows: half a minute for 400."""
-    jobs: list[Job] = [("lof", "mnist", limit), ("cof", "mnist", limit or COF_ROWS)]
+    jobs: list[Job] = [("lof", "mnist", limit), ("cof", "mnist", limit or 4000)]
     jobs += [("abod", name, limit) for name in (("mnist",) if quick else ("skin", "shuttle", "campaign"))]
-    return [*jobs, ("sod", "cardio", limit), ("loci", "cardio", 150 if quick else 250)]
+    return [*jobs, ("sod", "cardio", limit), ("loci", "cardio", 150 if quick else 200)]
 
 
 def singles(peer: Worker, data: Path, jobs: list[Job], repeats: int) -> list[Row]:
