@@ -136,14 +136,17 @@ def train(name: str, config: dict[str, Any], seed: int, threads: int) -> dict[st
 
 
 def motifs() -> float:
-    """Seconds of pygod's motif counting."""
+    """Seconds of pygod's motif counting, on the nodes that have an edge: it fails on others."""
     import tempfile
 
     from pygod.nn import GUIDEBase
+    from torch_geometric.data import Data
 
+    kept, renamed = GRAPH["edge_index"].unique(return_inverse=True)
+    data = Data(x=GRAPH["x"][kept], edge_index=renamed)
     with tempfile.TemporaryDirectory() as fresh:
         start = time.perf_counter()
-        GUIDEBase.calc_gdd(GRAPH["make"](), cache_dir=fresh)
+        GUIDEBase.calc_gdd(data, cache_dir=fresh)
         return time.perf_counter() - start
 
 

@@ -1,6 +1,7 @@
 """The neighbour search is exact: whatever proposes, in whatever tiles, float64 decides."""
 
 import itertools
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.detect.data import KINDS, oracle, points
-from wager.detect.tod import bounds, native, quantize
-from wager.detect.tod.batching import Execution, parse_bytes
+from wager.detect.tod import bounds, native, quantize, scan
+from wager.detect.tod.batching import Execution, parse_bytes, scan_column_bytes, scan_row_bytes
 from wager.detect.tod.knn import exact_neighbors, nearest
 from wager.detect.tod.torch_knn import TorchScan
 from wager.errors import CapacityError, UsageError
@@ -22,6 +23,10 @@ WAYS = [
     Execution(precision="fp16", batch_rows=16),
     Execution(precision="bf16"),
 ]
+HAS_INT8 = bool(native.library().wager_knn_has_int8())
+SCANS = [Execution(search="scan", precision="fp32")] + (
+    [Execution(search="scan", precision="int8")] if HAS_INT8 else []
+)
 
 
 @given(st.integers(0, 10**6), st.integers(2, 70), st.integers(1, 21), st.sampled_from(KINDS), st.data())
@@ -33,6 +38,51 @@ def test_every_way_gives_the_bits_of_the_definition(seed, n, d, kind, data):
         found = nearest(None, x, k, way)
         assert np.array_equal(found.index_RK, wanted.index_RK), (way, kind)
         assert np.array_equal(found.distance_RK, wanted.distance_RK), (way, kind)
+
+
+@given(st.integers(0, 10**6), st.integers(100, 500), st.integers(1, 45), st.sampled_from(KINDS), st.integers(1, 30))
+def test_boxes_and_levels_rule_out_no_neighbour(seed, n, d, kind, k):
+    x = points(seed, n, d, kind)
+    wanted = exact_neighbors(x, x, k, 0)
+    query = np.concatenate([x[::7], points(seed + 1, 20, d, kind), 40 * points(seed + 2, 5, d, "plain")])
+    wanted_new = exact_neighbors(query, x, k)
+    with patch.object(scan, "BOXES_MIN_ROWS", 1):
+        for way in SCANS:
+            found, new = nearest(None, x, k, way), nearest(query, x, k, way)
+            assert np.array_equal(found.index_RK, wanted.index_RK) and np.array_equal(
+                found.distance_RK, wanted.distance_RK
+            )
+            assert np.array_equal(new.index_RK, wanted_new.index_RK) and np.array_equal(
+                new.distance_RK, wanted_new.distance_RK
+            )
+
+
+@pytest.mark.parametrize("way", SCANS)
+@pytest.mark.parametrize("ulps", [0, 1, 1000, 10**9])
+def test_near_ties_among_thousands(way, ulps):
+    """Integer points with many equal distances, moved by some units in the last place: the k-th neighbour is one of many, and tiles, boxes
+    and levels all see ties."""
+    rng = np.random.default_rng(ulps)
+    x = rng.integers(0, 3, (3000, 6)).astype(np.float64) * 64 + 1000
+    x += rng.integers(-1, 2, x.shape) * ulps * np.spacing(1000.0)
+    wanted = exact_neighbors(x, x, 9, 0)
+    for more in (
+        {},
+        {"batch_rows": 700},
+        {"batch_rows": 500, "memory_bytes": 500 * scan_row_bytes(6, 9, 100) + 1300 * scan_column_bytes(6)},
+    ):
+        found = nearest(None, x, 9, Execution(search="scan", precision=way.precision, **more))
+        assert np.array_equal(found.index_RK, wanted.index_RK) and np.array_equal(found.distance_RK, wanted.distance_RK)
+
+
+def test_what_is_tried_first_changes_nothing():
+    x = points(3, 2500, 48, "plain")
+    found, wanted = nearest(None, x, 5, Execution()), exact_neighbors(x, x, 5, 0)
+    assert np.array_equal(found.index_RK, wanted.index_RK)
+    assert ("int8_time" in found.facts) == HAS_INT8
+    copies = np.repeat(points(4, 700, 3, "plain"), 3, axis=0)
+    found, wanted = nearest(None, copies, 5, Execution()), exact_neighbors(copies, copies, 5, 0)
+    assert found.facts["method"] == "tree" and np.array_equal(found.index_RK, wanted.index_RK)
 
 
 @given(st.integers(0, 10**6), st.integers(2, 40), st.integers(1, 9), st.booleans())
@@ -55,18 +105,19 @@ def test_new_rows_even_far_outside_the_base(way):
     assert found.index_RK[10, 0] == 0 and found.distance_RK[10, 0] == 0
 
 
-def test_overflowing_candidate_lists_fall_back_to_float64():
+@pytest.mark.parametrize("way", SCANS)
+def test_lists_full_of_near_ties_are_settled_in_float64(way):
     rng = np.random.default_rng(0)
     x = 1e4 * np.ones((400, 3)) * rng.choice([-1, 1], (400, 1)) + rng.normal(size=(400, 3)) * 1e-5
-    found = nearest(None, x, 2, Execution(search="scan"))
-    assert found.facts["fp64_rows"] > 0
+    found = nearest(None, x, 2, way)
+    assert found.facts["settled_pairs"] > 0 and found.facts["fp64_rows"] == 0
     assert np.array_equal(found.index_RK, exact_neighbors(x, x, 2, 0).index_RK)
 
 
 def test_a_budget_cuts_columns_too_and_a_tiny_one_is_refused():
     x = points(3, 500, 8, "duplicates")
-    need = 64 * (12 * 8 + 12 * 84 + 16 * 5 + 32)
-    found = nearest(None, x, 5, Execution(search="scan", memory_bytes=need + 9000, batch_rows=64))
+    budget = 64 * scan_row_bytes(8, 5, 84) + 100 * scan_column_bytes(8)
+    found = nearest(None, x, 5, Execution(search="scan", memory_bytes=budget, batch_rows=64))
     assert np.array_equal(found.index_RK, exact_neighbors(x, x, 5, 0).index_RK)
     with pytest.raises(CapacityError, match="memory budget of 1000 bytes"):
         nearest(None, x, 5, Execution(search="scan", memory_bytes=1000))
@@ -105,11 +156,11 @@ def test_bound_holds_and_is_not_absurd(precision, kind, d):
 
 def test_native_scan_bound_covers_its_own_arithmetic():
     """With k = n - 1 every pair is a candidate and its interval must contain the float64 distance."""
-    for kind, d in itertools.product(KINDS, (2, 33)):
+    for kind, d, way in itertools.product(KINDS, (2, 33), SCANS):
         x = points(5, 64, d, kind)
         low, slack = bounds.slack(d), bounds.gamma(d + 16)
         assert low > slack  # the uniform form includes the rounding of the inputs
-        wanted, found = exact_neighbors(x, x, 63, 0), nearest(None, x, 63, Execution(search="scan"))
+        wanted, found = exact_neighbors(x, x, 63, 0), nearest(None, x, 63, way)
         assert np.array_equal(found.index_RK, wanted.index_RK)
 
 

@@ -62,7 +62,9 @@ def fit(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     precision: Annotated[
         str,
-        typer.Option(help="Arithmetic that proposes neighbours: auto, fp64, fp32, fp16 or bf16; scores are the same."),
+        typer.Option(
+            help="Arithmetic that proposes neighbours: auto, fp64, fp32, int8, fp16 or bf16; scores are the same."
+        ),
     ] = "auto",
     explain: Annotated[bool, typer.Option("--explain", help="Print the shared plan and its bytes, and stop.")] = False,
 ) -> None:

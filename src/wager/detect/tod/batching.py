@@ -10,9 +10,11 @@ import psutil
 
 from wager.errors import CapacityError, UsageError
 
-PRECISIONS = ("auto", "fp64", "fp32", "fp16", "bf16")
+PRECISIONS = ("auto", "fp64", "fp32", "fp16", "bf16", "int8")
 SEARCHES = ("auto", "scan", "tree", "fp64")
 SHARE_OF_FREE_MEMORY = 0.8
+PLACES = 16  # directions along which the scan places a row
+BLOCK_ROWS = 65536
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Execution:
         """Rows of a block and columns of a chunk for the float32 scan. A row costs its candidates, a column its packed copy."""
         per_row, per_column = scan_row_bytes(d, k, capacity), scan_column_bytes(d)
         budget = self.budget_bytes
-        rows = self.batch_rows or max(1, min(8192, n, budget // 4 // per_row))
+        rows = self.batch_rows or max(1, min(BLOCK_ROWS, n, budget // 4 // per_row))
         left = budget - rows * per_row
         columns = n if left >= (n + width) * per_column else left // per_column // width * width
         if columns < min(width, n):
@@ -68,16 +70,17 @@ class Execution:
 
     def tree_rows(self, k: int) -> int:
         """Rows of a block for the tree: distances and indices come back, are expanded, and may be asked for again twice as long."""
-        return max(64, min(65536, self.budget_bytes // 4 // (16 * 6 * (k + 4))))
+        return max(64, min(BLOCK_ROWS, self.budget_bytes // 4 // (16 * 6 * (k + 4))))
 
 
 def scan_row_bytes(d: int, k: int, capacity: int) -> int:
-    """float32 copy (with its float64 temporary), candidates (index, low, high), results."""
-    return 12 * d + 12 * capacity + 16 * k + 32
+    """float32 and int8 copies, place, candidates (index, low, high), own number, results."""
+    return 5 * d + 4 * PLACES + 12 * capacity + 16 * k + 56
 
 
 def scan_column_bytes(d: int) -> int:
-    return 4 * d + 8
+    """Packed float32 and int8 copies, norms, levels' lengths, order, boxes; while it is packed, its place."""
+    return 5 * d + 32 + 4 * PLACES + 4 * PLACES // 8
 
 
 def row_blocks(rows: int, block: int) -> Iterator[tuple[int, int]]:

@@ -1,28 +1,29 @@
 """Exact k nearest neighbours in float64, found cheaply.
 
-Propose: a float32 (or fp16 / bf16) scan keeps every pair that could belong to the answer under `bounds`. Verify: the kept pairs are computed in
-float64 and the nearest chosen, ties by smaller index. Rows whose candidate list overflows are searched in float64. In few dimensions a
-tree over the distinct points proposes instead. Whatever proposes, whatever the tiles and the number of threads or processes, the
+Propose: a scan in int8 or float32 (or fp16 / bf16 by matrix products) keeps every pair that could belong to the answer under a proved bound, and
+leaves out what boxes prove to be too far. Verify: the kept pairs are computed in float64 and the nearest chosen, ties by smaller index; a list
+that runs full of near-ties is decided on the spot. Where many rows of few features are copies, a tree over the distinct points proposes.
+Whatever proposes, whatever the tiles and the number of threads or processes, the
 result has the same bits, because only float64 distances decide.
 Exact. Source: TOD (arXiv 2110.14007).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from scipy.spatial import KDTree
 
-from wager.detect.tod import bounds, native
+from wager.detect.tod import native
 from wager.detect.tod.batching import Execution, row_blocks
+from wager.detect.tod.scan import Scan
 
 TREE_MAX_FEATURES = 20
 TREE_MIN_ROWS = 2000
-SCAN_NS = (0.5, 0.01)  # a pair, and each of its features: less than a scan takes on one core of today
+TREE_REPEATED = 0.1  # share of rows that are copies
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def nearest(
 
 
 def choose(query_RD: np.ndarray | None, base_ND: np.ndarray, k: int, execution: Execution) -> Any:
-    """The searcher: the one asked for, or for 'auto' a tree where a sample of queries says that it is the quicker one."""
+    """The searcher: the one asked for, or for 'auto' the tree over distinct points where few features and many copies make it the quicker one."""
     if execution.search == "fp64" or execution.precision == "fp64":
         return Exhaustive(base_ND, k, execution)
     if execution.device != "cpu" or execution.precision in ("fp16", "bf16"):
@@ -102,37 +103,20 @@ def choose(query_RD: np.ndarray | None, base_ND: np.ndarray, k: int, execution: 
     if execution.search == "tree":
         return Tree(base_ND, k, execution)
     n, d = base_ND.shape
-    if execution.search == "auto" and d <= TREE_MAX_FEATURES and n >= TREE_MIN_ROWS:
-        return quicker(query_RD, base_ND, k, execution)
+    if (
+        execution.search == "auto"
+        and n >= TREE_MIN_ROWS
+        and d <= TREE_MAX_FEATURES
+        and repeated_share(base_ND) > TREE_REPEATED
+    ):
+        return Tree(base_ND, k, execution)
     return Scan(base_ND, k, execution)
 
 
-def quicker(query_RD: np.ndarray | None, base_ND: np.ndarray, k: int, execution: Execution) -> Any:
-    """Time both on even samples of the rows. The answers are the same, so the choice may follow the clock."""
-    points = base_ND if query_RD is None else query_RD
-    tree = Tree(base_ND, k, execution)
-    tree_us = per_row_us(tree, points, query_RD is None, 1024, tries=2)
-    n, d = base_ND.shape
-    fewest_us = n * (SCAN_NS[0] + SCAN_NS[1] * d) / native.threads() * 1e-3
-    if tree_us < fewest_us:  # not worth a try
-        tree.facts["tree_us_per_row"] = tree_us
-        return tree
-    scan = Scan(base_ND, k, execution)
-    scan_us = per_row_us(scan, points, query_RD is None, 384, tries=1)
-    chosen = tree if tree_us < scan_us else scan
-    chosen.facts |= {"tree_us_per_row": tree_us, "scan_us_per_row": scan_us}
-    return chosen
-
-
-def per_row_us(searcher: Any, points: np.ndarray, own: bool, sample: int, tries: int) -> float:
-    """Microseconds a row, the best of the tries."""
-    picked = np.unique(np.linspace(0, len(points) - 1, min(sample, len(points))).astype(np.int64))
-    query, seconds = np.ascontiguousarray(points[picked]), []
-    for _ in range(tries):
-        start = time.perf_counter()
-        searcher.search(query, picked if own else np.full(len(picked), -1))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) / len(picked) * 1e6
+def repeated_share(base_ND: np.ndarray) -> float:
+    """About how many of the rows are copies of an earlier one (rows of equal sums of weighted features pass for copies)."""
+    weights_D = np.random.default_rng(0).uniform(1, 2, base_ND.shape[1])
+    return 1 - len(np.unique((base_ND * weights_D).sum(1))) / len(base_ND)
 
 
 def _outputs(rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,79 +136,6 @@ class Exhaustive:
         points = self.base_ND if query_RD is None else query_RD
         found = exact_neighbors(points[start:stop], self.base_ND, self.k, start if query_RD is None else -1)
         return found.distance_RK, found.index_RK, {}
-
-
-class Scan:
-    """The float32 scan in C++: candidates under `bounds.slack`, decided in float64."""
-
-    name = "scan fp32"
-
-    def __init__(self, base_ND: np.ndarray, k: int, execution: Execution):
-        self.base_ND, self.k, self.execution, self.facts = base_ND, k, execution, {}
-        self.capacity = 4 * k + 64
-        n, d = base_ND.shape
-        self.centre_D, self.scale = centre_and_scale(base_ND)
-        self.slack = np.float32(bounds.slack(d) * (1 + 2.0**-20))
-        self.block_rows, self.chunk_columns = execution.scan_tiles(
-            n, d, k, self.capacity, native.library().wager_knn_width()
-        )
-        self.resident = self.pack(0, n) if self.chunk_columns >= n else None
-
-    def pack(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Panels, squared norms and norms of base rows start..stop."""
-        width, d = native.library().wager_knn_width(), self.base_ND.shape[1]
-        panels = -(-(stop - start) // width)
-        panel, norm2, norm = (
-            np.empty(size, np.float32) for size in (panels * d * width, panels * width, panels * width)
-        )
-        native.call(
-            "wager_knn_pack", self.base_ND[start:stop], self.centre_D, self.scale, stop - start, d, panel, norm2, norm
-        )  # fmt: skip
-        return panel, norm2, norm
-
-    def chunks(self) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-        if self.resident is not None:
-            yield 0, self.resident
-            return
-        for start, stop in row_blocks(len(self.base_ND), self.chunk_columns):
-            yield start, self.pack(start, stop)
-
-    def block(self, query_RD: np.ndarray | None, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, dict]:
-        """Neighbours of rows start..stop."""
-        points = self.base_ND if query_RD is None else query_RD
-        return self._rows(points[start:stop], start if query_RD is None else -1)
-
-    def search(self, query_RD: np.ndarray, own_R: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict]:
-        """Neighbours of loose rows (used to time a sample; a row's own index is not left out)."""
-        return self._rows(query_RD, -1)
-
-    def _rows(self, query_RD: np.ndarray, self_from: int) -> tuple[np.ndarray, np.ndarray, dict]:
-        rows, d = query_RD.shape
-        with np.errstate(over="ignore"):
-            low_RD = np.ascontiguousarray((query_RD - self.centre_D) * self.scale, dtype=np.float32)
-            squares_R = np.einsum("rd,rd->r", low_RD, low_RD, dtype=np.float64)
-            norm2_R, norm_R = (
-                squares_R.astype(np.float32),
-                np.nextafter(np.sqrt(squares_R).astype(np.float32), np.float32(np.inf)),
-            )
-        index = np.empty((rows, self.capacity), np.int32)
-        low, high = np.empty((rows, self.capacity), np.float32), np.empty((rows, self.capacity), np.float32)
-        count, threshold = np.zeros(rows, np.int32), np.full(rows, np.finfo(np.float32).max, np.float32)
-        unsafe = ~np.isfinite(norm2_R) | (norm2_R > 1e30)  # a query far outside the base: float32 cannot hold it
-        count[unsafe], threshold[unsafe] = -1, -np.inf
-        for column0, (panel, norm2, norm) in self.chunks():
-            native.call(
-                "wager_knn_scan", low_RD, norm2_R, norm_R, rows, d, panel, norm2, norm,
-                len(norm2) // native.library().wager_knn_width(), column0, self_from, np.int32(self.k), np.int32(self.capacity),
-                self.slack, index, low, high, count, threshold,
-            )  # fmt: skip
-        distance, found = _outputs(rows, self.k)
-        verified = np.zeros(1, np.int64)
-        overflowed = native.call(
-            "wager_knn_decide", np.ascontiguousarray(query_RD), self.base_ND, rows, len(self.base_ND), d, self_from,
-            np.int32(self.k), np.int32(self.capacity), index, low, high, count, threshold, distance, found, verified,
-        )  # fmt: skip
-        return distance, found, {"verified_pairs": int(verified[0]), "fp64_rows": int(overflowed)}
 
 
 class Tree:
@@ -280,10 +191,3 @@ class Tree:
             todo, width = todo[~finished], min(2 * width, groups)
             again += len(todo)
         return distance, index, {"asked_again_rows": again}
-
-
-def centre_and_scale(base_ND: np.ndarray) -> tuple[np.ndarray, float]:
-    """The mean of the base and the power of two that brings the largest centred value to [0.5, 1]. Distances do not see the centre."""
-    centre_D = base_ND.mean(0)
-    largest = max(float((base_ND.max(0) - centre_D).max()), float((centre_D - base_ND.min(0)).max()))
-    return centre_D, 2.0 ** -np.ceil(np.log2(largest)) if largest > 0 else 1.0

@@ -34,7 +34,7 @@ SOURCES = tuple(sorted((Path(__file__).parent / "cpp").glob("*.cpp")))
 def library() -> ctypes.CDLL:
     """The compiled operators. Raises BuildError."""
     lib = build.load("wager_detect", SOURCES)
-    lib.wager_knn_decide.restype = ctypes.c_int64
+    lib.wager_knn_decide.restype = lib.wager_knn_scan.restype = ctypes.c_int64
     return lib
 
 
@@ -61,7 +61,7 @@ def limited(n_jobs: int | None) -> Iterator[None]:
 
 
 def call(name: str, *arguments: Any, n_threads: int | None = None):
-    """Call a function: arrays go as pointers, ints as int64 (or int when numpy.int32), floats as double (or float when numpy.float32)."""
+    """Call a function: arrays (or None) go as pointers, ints as int64 (or int when numpy.int32), floats as double (or float when numpy.float32)."""
     converted = [convert(a) for a in arguments]
     if n_threads is None:
         small = sum(a.nbytes for a in arguments if isinstance(a, np.ndarray)) < SMALL_BYTES
@@ -70,6 +70,8 @@ def call(name: str, *arguments: Any, n_threads: int | None = None):
 
 
 def convert(argument: Any) -> Any:
+    if argument is None:
+        return ctypes.c_void_p(None)
     if isinstance(argument, np.ndarray):
         if not argument.flags.c_contiguous:
             raise ValueError("native operators take C-contiguous arrays")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wager.detect.tod import bounds
 from wager.detect.tod.batching import Execution
+from wager.detect.tod.scan import centre_and_scale
 from wager.errors import UsageError
 
 KEPT_PER_NEIGHBOR = 8
@@ -33,8 +34,6 @@ class TorchScan:
         self.name = f"torch {self.precision} on {execution.device}"
         self.kept = min(len(base_ND), KEPT_PER_NEIGHBOR * k + 32)
         self.block_rows = execution.batch_rows or self.tile_rows()
-        from wager.detect.tod.knn import centre_and_scale
-
         self.centre_D, self.scale = centre_and_scale(base_ND)
         self._low: tuple[Tensor, Tensor, Tensor] | None = None
 

@@ -8,9 +8,16 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 4;
+#else
 constexpr int LANES = 8, ROWS = 4;
+#endif
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 
@@ -20,8 +27,22 @@ inline vf load(const float* from) {
     return v;
 }
 
-// e^x for x <= 0, relative error about 2^-22: 2^n e^r with |r| <= ln(2)/2.
-inline vf exp_negative(vf x) {
+// 1 / x, relative error about 2^-23, for normal x below 2^126.
+inline vf inverse(vf x) {
+#if defined(__AVX512F__)
+    __m512 v;
+    std::memcpy(&v, &x, sizeof v);
+    const __m512 near = _mm512_rcp14_ps(v);
+    v = _mm512_mul_ps(near, _mm512_fnmadd_ps(v, near, _mm512_set1_ps(2.0f)));
+    std::memcpy(&x, &v, sizeof x);
+    return x;
+#else
+    return 1.0f / x;
+#endif
+}
+
+// e^x for x <= 87, relative error about 2^-22: 2^n e^r with |r| <= ln(2)/2.
+inline vf exp_to_87(vf x) {
     const vf low = vf{} - 87.0f;
     x = x > low ? x : low;
     const vf magic = vf{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -41,7 +62,7 @@ inline vf exp_negative(vf x) {
 
 // log(1 + e) for 0 <= e <= 1, by the series of 2 atanh(e / (2 + e)): the argument is at most 1/3.
 inline vf log_one_plus(vf e) {
-    const vf s = e / (e + 2.0f), q = s * s;
+    const vf s = e * inverse(e + 2.0f), q = s * s;
     vf p = vf{} + 1.0f / 13;
     p = p * q + 1.0f / 11;
     p = p * q + 1.0f / 9;
@@ -52,8 +73,8 @@ inline vf log_one_plus(vf e) {
 }
 
 inline vf sigmoid(vf t) {
-    const vf e = exp_negative(t > 0 ? -t : t);
-    return (t > 0 ? vf{} + 1.0f : e) / (e + 1.0f);
+    const vf high = vf{} + 87.0f, x = -t < high ? -t : high;
+    return inverse(exp_to_87(x) + 1.0f);
 }
 
 template <int KIND>
@@ -63,7 +84,7 @@ inline vf value(vf t) {
         return p * p;
     }
     if (KIND == 2) t = -t;
-    return (t > 0 ? t : vf{}) + log_one_plus(exp_negative(t > 0 ? -t : t));
+    return (t > 0 ? t : vf{}) + log_one_plus(exp_to_87(t > 0 ? -t : t));
 }
 
 template <int KIND>
@@ -247,6 +268,9 @@ void backward(const float* z, const float* grad, int64_t n, int64_t h, float* ou
             out[i * h + f] = static_cast<float>(all);
         }
 }
+constexpr int64_t WIDE = 32;     // features from which on that is so
+constexpr int TOGETHER = 4;      // panels that share the loads and stores of a row's part
+
 // The same for wide rows, where writing every pair's part into its column costs more than computing each pair twice.
 template <int KIND>
 void backward_wide(const float* z, const float* grad, int64_t n, int64_t h, float* out, int threads) {
@@ -263,18 +287,28 @@ void backward_wide(const float* z, const float* grad, int64_t n, int64_t h, floa
             std::fill(total.begin(), total.end(), 0.0);
             for (int64_t p0 = 0; p0 < panels; p0 += FLUSH * STRIP) {
                 std::fill(part.begin(), part.end(), vf{});
-                for (int64_t p = p0; p < std::min(panels, p0 + FLUSH * STRIP); ++p) {
-                    const float* b = panel.data() + p * h * LANES;
-                    vf t[1][ROWS], (&c)[ROWS] = t[0];
-                    products(z, g, m, h, b, 1, t);
-                    for (int r = 0; r < ROWS; ++r) {
-                        c[r] = slope<KIND>(c[r]) * (load(weight.data() + p * LANES) + grad[g + (r < m ? r : 0)]);
-                        if (p + 1 == panels) c[r] *= last;
-                    }
+                for (int64_t p = p0; p < std::min(panels, p0 + FLUSH * STRIP); p += TOGETHER) {
+                    const int count = static_cast<int>(std::min<int64_t>(TOGETHER, panels - p));
+                    vf c[TOGETHER][ROWS] = {};
+                    products(z, g, m, h, panel.data() + p * h * LANES, count, c);
+                    for (int q = 0; q < count; ++q)
+                        for (int r = 0; r < ROWS; ++r) {
+                            c[q][r] = slope<KIND>(c[q][r]) * (load(weight.data() + (p + q) * LANES) + grad[g + (r < m ? r : 0)]);
+                            if (p + q + 1 == panels) c[q][r] *= last;
+                        }
+                    const float* b[TOGETHER];  // a missing panel counts nothing, whichever stands for it
+                    for (int q = 0; q < TOGETHER; ++q) b[q] = panel.data() + (p + std::min(q, count - 1)) * h * LANES;
                     for (int64_t f = 0; f < h; ++f) {
-                        const vf v = load(b + f * LANES);
+                        vf v[TOGETHER];
 #pragma GCC unroll 4
-                        for (int r = 0; r < ROWS; ++r) part[f * ROWS + r] += c[r] * v;
+                        for (int q = 0; q < TOGETHER; ++q) v[q] = load(b[q] + f * LANES);
+#pragma GCC unroll 4
+                        for (int r = 0; r < ROWS; ++r) {
+                            vf a = part[f * ROWS + r];
+#pragma GCC unroll 4
+                            for (int q = 0; q < TOGETHER; ++q) a += c[q][r] * v[q];
+                            part[f * ROWS + r] = a;
+                        }
                     }
                 }
                 for (size_t i = 0; i < part.size(); ++i) total[i] += sum(part[i]);
@@ -285,7 +319,6 @@ void backward_wide(const float* z, const float* grad, int64_t n, int64_t h, floa
     }
 }
 
-constexpr int64_t WIDE = 32;
 template <int KIND>
 void slopes(const float* z, const float* grad, int64_t n, int64_t h, float* out, int threads) {
     (h > WIDE ? backward_wide<KIND> : backward<KIND>)(z, grad, n, h, out, threads);
