@@ -121,7 +121,7 @@ def main() -> None:
             more, facts["random-90M"] = measure("random-90M", write_larger(Path(folder)), 12, args, launcher)
         rows += more
     launcher.close()
-    report = Report("cluster", "deploy", rows, facts)
+    report = Report("cluster", "deploy" if args.launcher == "local" else f"deploy_{args.launcher}", rows, facts)
     print(report.table())
     print(report.save())
 

@@ -1,16 +1,17 @@
 """The simulator against what it simulates: the real engine on this machine, Helix's published simulator figures, and the clock.
 
 Engine: minutes of the Azure conversation trace (lengths scaled, prompt ids random) are served in real time by the real engine in this process,
-at a moderate load (every 6th request) and near saturation (every 3rd). A step cost is fitted on the step log of the first minutes; the same
-scheduler under a virtual clock then predicts the others, from arrivals and lengths alone. Predicted beside measured: time to first token, gap
-between tokens (means and 90th percentiles), output tokens/s. Bar: within 10 %. Near saturation a machine that is some per cent slower in one minute
-than in another moves latencies by much more than that.
+at three loads (every 6th, 3rd and 2nd request). A step cost is fitted on the step log of the first minutes; the same scheduler under a virtual clock
+then predicts the others, from arrivals and lengths alone, each step scattered as steps of its kind were around the fit: a quantile of gaps is
+wider than that of mean steps. Predicted beside measured: time to first token, gap between tokens (means and 90th percentiles), output tokens/s. Bar:
+within 10 %. Near saturation a machine that is some per cent slower in one minute than in another moves latencies by much more than that.
 Needs a quiet machine: other work shows up as error.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,38 @@ def measure(engine: Engine, part: list[Arrival], rng: np.random.Generator) -> Ti
     return Timeline(list(records.values()), end, {}, {}, {}, {}, 0.0, 0, 0)
 
 
+@dataclass(frozen=True)
+class Scattered:
+    """A step's price with the scatter of the fitted steps: measured over predicted of steps that only decode, and of those with prompts."""
+
+    cost: StepCost
+    decode: np.ndarray
+    mixed: np.ndarray
+    rng: np.random.Generator
+
+    def __call__(self, tokens: int, context_tokens: int, num_spans: int) -> float:
+        ratios = self.mixed if tokens > num_spans else self.decode
+        return self.cost.predict(tokens, context_tokens, num_spans) * float(self.rng.choice(ratios))
+
+
+def scattered(cost: StepCost, records: list[StepRecord], rng: np.random.Generator) -> Scattered:
+    ratios = np.array([r.step_ms / predicted(cost, r) for r in records])
+    prompts = np.array([r.prefill_tokens > 0 for r in records])
+    return Scattered(cost, ratios[~prompts], ratios[prompts], rng)
+
+
+def predicted(cost: StepCost, record: StepRecord) -> float:
+    return cost.predict(record.prefill_tokens + record.decode_tokens, record.context_tokens, record.num_spans)
+
+
 def predict(
-    engine: Engine, part: list[Arrival], cost: StepCost, between_s: float, rng: np.random.Generator
+    engine: Engine, part: list[Arrival], price: Scattered, between_s: float, rng: np.random.Generator
 ) -> Timeline:
     """The engine's scheduler over a block manager of the same size, without a model."""
     blocks = engine.core.runner.blocks
     twin = BlockManager(blocks.groups, blocks.num_blocks, blocks.block_size, blocks.caching)
     scheduler = ContinuousScheduler(engine.core.scheduler.config, twin)
-    return run_engine(scheduler, requests(part, engine.vocab_size, 0.0, rng), cost.predict, between_s)
+    return run_engine(scheduler, requests(part, engine.vocab_size, 0.0, rng), price, between_s)
 
 
 def numbers(timeline: Timeline) -> dict[str, float]:
@@ -117,8 +142,7 @@ def calibrated(records: list[StepRecord]) -> tuple[StepCost, float]:
     """The fitted cost, scaled so that it adds up to the measured time (a fit of relative errors lies below the mean of skewed times), and the
     median time between two steps when requests are running."""
     cost = fit(records, 0.1)
-    said = [cost.predict(r.prefill_tokens + r.decode_tokens, r.context_tokens, r.num_spans) for r in records]
-    scale = sum(r.step_ms for r in records) / sum(said)
+    scale = sum(r.step_ms for r in records) / sum(predicted(cost, r) for r in records)
     scaled = StepCost(tuple(scale * c for c in cost.coefficients), cost.median_error, cost.p90_error)
     gaps = [b.time_s - a.time_s - b.step_ms / 1e3 for a, b in zip(records, records[1:], strict=False) if a.running > 1]
     return scaled, max(0.0, float(np.median(gaps))) if gaps else 0.0
@@ -139,12 +163,13 @@ def validate(model: Path, data: Path, minute_s: float, held_out: dict[int, int],
         begin_s += 60.0
     fitted = list(steps.records)
     cost, between_s = calibrated(fitted)
+    price = scattered(cost, fitted, np.random.default_rng(1))
     minutes, pictures = [], []
     for every, count in held_out.items():
         for _ in range(count):
             part = jobs(trace, begin_s, minute_s, every, shrink)
             steps.records.clear()
-            expected, real = predict(engine, part, cost, between_s, rng), measure(engine, part, rng)
+            expected, real = predict(engine, part, price, between_s, rng), measure(engine, part, rng)
             minutes.append(compared(part, expected, real, cost, steps.records) | {"every": every})
             pictures.append((expected, real))
             errors = minutes[-1]["error"]
@@ -166,7 +191,7 @@ def compared(
     how much faster or slower than in the fitted minutes this machine was."""
     said, seen = numbers(expected), numbers(real)
     spent_ms = sum(r.step_ms for r in records)
-    priced_ms = sum(cost.predict(r.prefill_tokens + r.decode_tokens, r.context_tokens, r.num_spans) for r in records)
+    priced_ms = sum(predicted(cost, r) for r in records)
     return {
         "requests": len(part), "predicted": said, "measured": seen, "error": {n: said[n] / seen[n] - 1 for n in MEASURES},
         "busy": spent_ms / 1e3 / real.end_s, "step_time": priced_ms / spent_ms,
@@ -218,7 +243,7 @@ def main() -> None:
     args = parser.parse_args()
     quick = args.quick
     model = ensure(args.model.with_name(args.model.name + "-tiny") if quick else args.model, tiny=quick)
-    facts, pictures = validate(model, args.data, *((10.0, {3: 1}) if quick else (60.0, {6: 1, 3: 1})), shrink=8)
+    facts, pictures = validate(model, args.data, *((10.0, {3: 1}) if quick else (60.0, {6: 1, 3: 1, 2: 1})), shrink=8)
     draw(pictures, picture_path("cluster", "simulator"))
     Report("cluster", "simulator", [], facts=facts).save()  # minutes of real time: kept whatever comes next
     facts["helix"] = against_published(args.data, 120.0 if quick else 660.0)

@@ -17,6 +17,7 @@ from wager.cluster.helix.flow import Flow, layer_cover, solve_flow, stripped, up
 from wager.cluster.helix.milp import solve_milp
 from wager.cluster.helix.plan import plan, simulate_placement
 from wager.cluster.helix.profile import Load, typical_throughput
+from wager.cluster.helix.refine import Tried, fitted, neighbour, refine
 from wager.cluster.helix.route import FlowRouter
 from wager.errors import UsageError, WagerError
 from wager.hardware.cluster import SINK, SOURCE, Link, read_links, uniform
@@ -299,6 +300,47 @@ def networkx_flow(cluster, throughput, placement):
         start, end = a if a == SOURCE else (a, "out"), b if b == SINK else (b, "in")
         graph.add_edge(start, end, capacity=cluster.link(a, b).bytes_per_s / bytes_of)
     return nx.maximum_flow_value(graph, SOURCE, SINK)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 7), st.booleans())
+def test_moves_of_the_search_stay_within_model_and_machines(seed, nodes, watched):
+    rng, layers = np.random.default_rng(seed), 9
+    most = {f"n{i}": int(rng.integers(1, 6)) for i in range(nodes)}
+    placement = {
+        n: fitted(int(rng.integers(layers)), int(rng.integers(1, 6)), k, layers)
+        for n, k in most.items()
+        if rng.integers(4)
+    }
+    busy = {n: float(rng.random()) for n in placement} if watched and placement else {}
+    for _ in range(20):
+        placement = neighbour(Tried(placement, 0.0, busy), most, layers, rng)
+        assert all(0 <= s < e <= layers and e - s <= most[n] for n, (s, e) in placement.items())
+
+
+def test_the_search_gives_idle_machines_to_the_busiest_and_never_ends_worse():
+    """A rate that is the least cover of a layer, machines as busy as they are alone: the only idle machine has to help layer 0."""
+    layers, most = 4, {"a": 4, "b": 2, "c": 2}
+    start = {"a": (0, 4), "b": (2, 4)}
+    speed = {"a": 1.0, "b": 2.0, "c": 2.0}
+
+    def simulate(placements):
+        found = []
+        for p in placements:
+            held = [sum(speed[n] for n, (s, e) in p.items() if s <= l < e) for l in range(layers)]
+            busy = {n: max(1 / held[l] for l in range(s, e)) for n, (s, e) in p.items()}
+            found.append(Tried(p, min(held), busy))
+        return found
+
+    asked = []
+    first = simulate([start])[0]
+    best = refine(
+        [first], most, layers, lambda ps: asked.extend(ps) or simulate(ps), lambda p: 1.0, 40, np.random.default_rng(0)
+    )
+    assert best.rate == 3.0 and sorted(best.placement.values()) == [(0, 2), (0, 4), (2, 4)]
+    assert len(asked) == len({tuple(sorted(p.items())) for p in asked})  # nothing is simulated twice
+    again = refine([best], most, layers, simulate, lambda p: 1.0, 10, np.random.default_rng(1))
+    assert again.rate >= best.rate
 
 
 def test_baselines_are_lawful_placements():

@@ -191,13 +191,42 @@ def test_every_request_is_answered_once_under_churn(policy):
     )
 
 
-def test_migration_beats_restart_and_generates_less_twice():
+@pytest.mark.parametrize("continuous", [True, False])
+def test_migration_beats_restart_and_generates_less_twice(continuous):
     rng = np.random.default_rng(3)
-    arrivals = [Arrival(float(t), 64, 32) for t in np.cumsum(rng.exponential(1.5, 100))]
-    outs = {p: SpotSimulation(toy(), churn(), arrivals, p, cloud()).run() for p in POLICIES}
+    arrivals = [Arrival(float(t), 64, 32) for t in np.cumsum(rng.exponential(0.3, 500))]
+    slow = toy(layers=48)
+    roomy = replace(cloud(), device_memory_bytes=24 * slow.layer_bytes)
+    outs = {p: SpotSimulation(slow, churn(), arrivals, p, roomy, continuous=continuous).run() for p in POLICIES}
     assert outs["spotserve"].quantile(0.99) < outs["reparallelize"].quantile(0.99)
     assert outs["spotserve"].recomputed_tokens < outs["reparallelize"].recomputed_tokens
     assert outs["spotserve"].stalls_s < outs["reparallelize"].stalls_s
+
+
+def test_a_pipeline_that_still_loads_is_not_ready_because_another_machine_joins():
+    """Rerouting once forgot, at every change, which pipelines were loading: requests then began before their pipeline existed."""
+    model, end_s = toy(layers=48), 200.0
+    events = [Membership(0.0, "n0", True), Membership(50.0, "n0", False), Membership(50.0, "n1", True)]
+    trace = Availability((*events, Membership(51.0, "n2", True)), end_s)
+    slow = replace(cloud(), devices_per_node=1, device_memory_bytes=50 * model.layer_bytes, storage_bytes_per_s=1e8)
+    arrivals = [Arrival(float(t), 64, 32) for t in (49.0, 52.0, 60.0)]
+    sim = SpotSimulation(model, trace, arrivals, "reroute", slow, shape=Layout(1, 1, 1, 1))
+    out = sim.run()
+    ready = 50.0 + slow.engine_start_s + 48 * model.layer_bytes / slow.storage_bytes_per_s
+    assert all((r.finished_s or 0.0) >= ready + model.times(Layout(1, 1, 1, 1)).total(32) - 1e-6 for r in out.requests)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.01, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.floats(1.05, 2))
+def test_the_model_of_a_continuous_service_rises_with_the_load_and_is_infinite_beyond_its_throughput(
+    rate, data, batch, more
+):
+    model, layout = toy(layers=200), Layout(data, 1, 1, batch)
+    reach = controller.throughput(model, layout, 32, continuous=True)
+    here = controller.request_s(model, layout, 32, rate, continuous=True)
+    assert (here == float("inf")) == (rate >= reach) or abs(rate - reach) < 1e-6 * reach
+    assert controller.request_s(model, layout, 32, rate * more, continuous=True) >= here * (1 - 1e-6)
+    assert here >= model.times(Layout(1, 1, 1, 1)).total(32) * (1 - 1e-9)
 
 
 def test_a_migration_before_a_removal_ends_before_it():
@@ -244,9 +273,12 @@ def test_the_published_traces_are_served_faster_than_by_the_baselines(data):
         a for a in read_trace(data / "spot-traces" / "requests-gamma-rate0.2_cv6.csv", 128) if a.arrival_s < trace.end_s
     ]
     p99 = {
-        p: SpotSimulation(model, trace, arrivals, p, Cloud(expected_rate=0.2)).run().quantile(0.99) for p in POLICIES
+        p: SpotSimulation(model, trace, arrivals, p, Cloud(expected_rate=0.2), continuous=p == "spotserve")
+        .run()
+        .quantile(0.99)
+        for p in POLICIES
     }
-    assert p99["reparallelize"] > 2 * p99["spotserve"] and p99["reroute"] > 2 * p99["spotserve"]
+    assert p99["reparallelize"] > 2.4 * p99["spotserve"] and p99["reroute"] > 2.4 * p99["spotserve"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -106,19 +106,71 @@ def test_no_token_is_generated_twice_when_the_notice_is_long_enough():
 @given(
     st.lists(st.floats(0.001, 3), min_size=1, max_size=60), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.booleans()
 )
-def test_every_request_is_served_once_and_unpaced_nobody_idles_while_work_waits(gaps, data, batch, paced):
+def test_every_request_is_served_once_and_nobody_idles_while_work_waits(gaps, data, batch, continuous):
     requests = [Served(i, float(t), 32) for i, t in enumerate(np.cumsum(gaps))]
-    service = Service(toy(), requests)
-    service.layout, service.paced = Layout(data, 1, 1, batch), paced
+    service = Service(toy(layers=200), requests, continuous)
+    service.layout = Layout(data, 1, 1, batch)
     at = 0.0
     while any(r.finished_s is None for r in requests):
         service.serve_until(at)
         idle = [d for d in range(data) if d not in service.batches and service.free_s.get(d, 0.0) < at]
         waiting = [r for r in service.queue if r.arrival_s < at]
-        assert paced or not (idle and waiting)
-        assert len(waiting) < batch or not idle
+        assert not (idle and waiting)
+        assert all(0 < len(b.requests) <= batch for b in service.batches.values())
         at += 0.5
     assert all(r.done == r.generated == r.tokens for r in requests)
+    alone = service.model.times(Layout(1, 1, 1, 1)).total(32)
+    assert all((r.finished_s or 0.0) - r.arrival_s >= alone - 1e-6 for r in requests)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 4), st.sampled_from([1, 2, 4]))
+def test_what_waits_is_spread_evenly_over_pipelines_that_are_ready(waiting, data, batch):
+    service = Service(toy(layers=200), [Served(i, 0.0, 32) for i in range(waiting)], continuous=True)
+    service.layout = Layout(data, 1, 1, batch)
+    service.serve_until(0.2)
+    sizes = [service._size(d) for d in range(data)]
+    assert sum(sizes) == min(waiting, data * batch)
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_request_joins_at_the_next_step_and_the_others_wait_for_its_prefill():
+    model = toy(layers=200)
+    one, two = model.times(Layout(1, 1, 1, 1)), model.times(Layout(1, 1, 1, 2))
+    came = one.prefill + 3.5 * one.step
+    requests = [Served(0, 0.0, 10), Served(1, came, 10)]
+    service = Service(model, requests, continuous=True)
+    service.layout = Layout(1, 1, 1, 2)
+    service.serve_until(1e9)
+    joined = one.prefill + 4 * one.step
+    assert requests[0].finished_s == pytest.approx(joined + one.prefill + 6 * two.step)
+    assert requests[1].finished_s == pytest.approx(joined + one.prefill + 6 * two.step + 4 * one.step)
+
+
+def test_serving_continuously_shortens_the_tail():
+    def tail(continuous):
+        requests = [Served(i, 4.0 * i, 32) for i in range(200)]
+        service = Service(toy(layers=600), requests, continuous)
+        service.layout = Layout(2, 1, 1, 4)
+        service.serve_until(1e9)
+        assert all(r.finished_s is not None for r in requests)
+        return max((r.finished_s or 0.0) - r.arrival_s for r in requests[20:])
+
+    assert tail(True) < tail(False)
+
+
+def test_a_prefill_that_a_stop_interrupts_costs_nobody_else_a_token():
+    model, layout = toy(), Layout(1, 1, 1, 4)
+    service = Service(model, [], continuous=True)
+    old, joined = Served(0, 0.0, 32, done=7, generated=7), Served(1, 3.0, 32)
+    service.layout, service.batches = layout, {0: Batch([old, joined], 4.0, 0.5)}
+    held, target = placed(layout), Layout(1, 2, 1, 4)
+    step = Mover(model, Cloud(network_bytes_per_s=1e9), 96, 32).plan(
+        layout, held, service.batches, target, [*held, "new/0"]
+    )
+    perform(service, step, 4.2)
+    assert [r.index for r in service.batches[0].requests] == [0] and old.done == 7
+    assert [r.index for r in service.queue] == [1] and joined.generated == 0
 
 
 def test_a_forecast_knows_only_the_past_and_has_its_rate():
@@ -128,20 +180,6 @@ def test_a_forecast_knows_only_the_past_and_has_its_rate():
     assert ahead[0] == other.forecast(400.0, 200.0, np.random.default_rng(0))
     assert all(400.0 < t < 600.0 for one in ahead for t in one)
     assert np.mean([len(one) for one in ahead]) == pytest.approx(load.rate(400.0) * 200.0, rel=0.15)
-
-
-def test_pacing_keeps_beginnings_apart_and_lowers_the_tail():
-    """Two pipelines and a steady stream: begun together, who misses both waits for a whole batch."""
-
-    def tail(paced):
-        requests = [Served(i, 4.0 * i, 32) for i in range(200)]
-        service = Service(toy(layers=600), requests)
-        service.layout, service.paced = Layout(2, 1, 1, 4), paced
-        service.serve_until(1e9)
-        assert all(r.finished_s is not None for r in requests)
-        return max((r.finished_s or 0.0) - r.arrival_s for r in requests[20:])
-
-    assert tail(True) < tail(False)
 
 
 def test_batches_that_find_no_slot_are_computed_again():

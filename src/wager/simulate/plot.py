@@ -22,6 +22,8 @@ def plot(timeline: Timeline, path: str | Path, bucket_s: float = 1.0) -> Path:
     for row, (_, intervals) in enumerate(timeline.busy.items()):
         gantt.broken_barh([(start, end - start) for start, end, _ in intervals], (row - 0.4, 0.8))
     gantt.set_yticks(range(len(timeline.busy)), list(timeline.busy))
+    gantt.set_ylim(len(timeline.busy) - 0.5, -0.5)  # the first machine on top
+    gantt.set_xlim(0, timeline.end_s)
     gantt.set_title("machines at work")
     series = timeline.series(bucket_s)
     tokens.plot(series["time_s"], series["tokens_per_s"], label="output tokens/s")

@@ -64,6 +64,30 @@ def stage_throughput(
     demand: Demand, configuration: Configuration, stages: int, roofline: Roofline, link: Link
 ) -> np.ndarray:
     """[L + 1] tokens/s by layers held (index 0 is 0); 0 where the layers do not fit or cannot be in time."""
+    best_L = _rates(demand, configuration, stages, roofline, link)[0].max(1)
+    # a machine with room for j layers may also use fewer: never more throughput with more layers
+    return np.concatenate([[0.0], np.maximum.accumulate(best_L[::-1])[::-1]])
+
+
+def stage_batch(
+    demand: Demand, configuration: Configuration, layers: int, stages: int, roofline: Roofline, link: Link
+) -> int:
+    """Requests in the batch that gives `stage_throughput` with that many layers; 0 where none is in time."""
+    rate_LB, requests_B = _rates(demand, configuration, stages, roofline, link)
+    rate_B = rate_LB[layers - 1]
+    return int(requests_B[int(rate_B.argmax())]) if rate_B.max() > 0 else 0
+
+
+def kv_tokens(model: ModelCard, configuration: Configuration, layers: int) -> int:
+    """Tokens per layer whose KV fits beside `layers` layers."""
+    room = configuration.memory_bytes * USABLE_MEMORY - layers * model.layer_bytes
+    return max(0, int(room / (layers * model.kv_bytes)))
+
+
+def _rates(
+    demand: Demand, configuration: Configuration, stages: int, roofline: Roofline, link: Link
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens/s [L, B] of each batch with each number of layers, 0 where it does not fit or is late; requests of each batch)."""
     model = demand.model
     layers = np.arange(1, model.layers + 1)
     sizes, seconds, batches_B = _batches(demand, configuration, roofline)
@@ -73,10 +97,7 @@ def stage_throughput(
     room_L = configuration.memory_bytes * USABLE_MEMORY - layers * model.layer_bytes
     held = batches_B * (demand.context_tokens if demand.phase == "decode" else demand.prompt_tokens) * stages
     fits_LB = layers[:, None] * held[None, :] * model.kv_bytes <= room_L[:, None]
-    rate_LB = np.where(in_time_LB & fits_LB, sizes[None, :] / time_LB, 0.0)
-    best_L = rate_LB.max(1)
-    # a machine with room for j layers may also use fewer: never more throughput with more layers
-    return np.concatenate([[0.0], np.maximum.accumulate(best_L[::-1])[::-1]])
+    return np.where(in_time_LB & fits_LB, sizes[None, :] / time_LB, 0.0), batches_B
 
 
 def _batches(

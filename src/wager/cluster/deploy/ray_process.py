@@ -87,6 +87,8 @@ class RayLauncher:
         self.cpus = cpus
         if self._started:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            # Ray's workers have the lowest priority but a few unless told: a stage would starve beside anything else on its machine
+            os.environ.setdefault("RAY_worker_niceness", "0")
             try:
                 options: dict[str, Any] = {"include_dashboard": False} if address is None else {}
                 self._ray.init(

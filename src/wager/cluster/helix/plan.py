@@ -15,7 +15,7 @@ from wager.cluster.helix import baselines
 from wager.cluster.helix.cover import Cover, solve_cover, window_counts
 from wager.cluster.helix.flow import Flow, Placement, layer_cover, solve_flow, stripped, upper_bound, verify
 from wager.cluster.helix.profile import Load, Throughput, placed_throughput, typical_throughput
-from wager.cluster.helix.refine import refine
+from wager.cluster.helix.refine import Tried, refine
 from wager.cluster.helix.route import FlowRouter
 from wager.errors import WagerError
 from wager.hardware.cluster import Cluster
@@ -33,13 +33,14 @@ MARGIN = 1.02  # a refined placement must serve so much more: less is the luck o
 
 @dataclass(frozen=True)
 class Candidate:
-    """A placement with its flow under T(k) of a typical load, and what it served in simulation."""
+    """A placement with its flow under T(k) of a typical load, and what it served in simulation; `busy`: share of the time a machine worked."""
 
     name: str
     placement: Placement
     flow: Flow
     decode_tokens_per_s: float = 0.0
     summary: Mapping[str, float] = field(default_factory=dict)
+    busy: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,10 @@ def _serve(
         cluster, model, profiles, candidate.placement, candidate.flow, arrivals, until_s, load
     )
     return replace(
-        candidate, decode_tokens_per_s=timeline.decode_tokens_per_s(warm_up_s), summary=timeline.summary(warm_up_s)
+        candidate,
+        decode_tokens_per_s=timeline.decode_tokens_per_s(warm_up_s),
+        summary=timeline.summary(warm_up_s),
+        busy={n: s / timeline.end_s for n, s in timeline.node_busy_s.items()},
     )
 
 
@@ -230,8 +234,8 @@ def _refined(
     def candidate(placement: Placement) -> Candidate:
         return Candidate(f"{priced[0].name}, refined", placement, solve_flow(cluster, model, throughput, placement))
 
-    def rates(placements: Sequence[Placement]) -> list[float]:
-        return [c.decode_tokens_per_s for c in pool.map(trial, [candidate(p) for p in placements])]
+    def simulated(placements: Sequence[Placement]) -> list[Tried]:
+        return [_tried(c) for c in pool.map(trial, [candidate(p) for p in placements])]
 
     def promise(placement: Placement) -> float:
         return layer_cover(
@@ -239,9 +243,13 @@ def _refined(
         )
 
     most = {n.name: max(throughput[n.machine]) for n in cluster.nodes}
-    starts = [(c.placement, c.decode_tokens_per_s) for c in priced[:REFINED]]
-    best, rate = refine(starts, most, model.layers, rates, promise, tries, rng, pool.workers)
-    return [trial(candidate(best))] if rate > MARGIN * priced[0].decode_tokens_per_s else []
+    starts = [_tried(c) for c in priced[:REFINED]]
+    best = refine(starts, most, model.layers, simulated, promise, tries, rng, pool.workers)
+    return [trial(candidate(best.placement))] if best.rate > MARGIN * priced[0].decode_tokens_per_s else []
+
+
+def _tried(candidate: Candidate) -> Tried:
+    return Tried(candidate.placement, candidate.decode_tokens_per_s, candidate.busy)
 
 
 class _Pool:

@@ -29,7 +29,7 @@ class Baseline:
 
     def choose(self, nodes: set[str], rate: float) -> Layout | None:
         devices, memory = len(nodes) * self.cloud.devices_per_node, self.cloud.device_memory_bytes
-        return controller.choose(self.model, devices, rate, self.output, memory, self.context)
+        return controller.choose(self.model, devices, rate, self.output, memory, self.context, self.service.continuous)
 
     def load_s(self, target: Layout | None) -> float:
         """Engine start, and every machine reads its share of the weights from storage. The first machines have done so before the trace."""
@@ -64,18 +64,19 @@ class Restart(Baseline):
         rate = self.load.rate(at)
         if service.layout is None or rate == math.inf or min(service.free_s.values(), default=0.0) > at:
             return
-        now, load = (
-            controller.throughput(self.model, service.layout, self.output),
-            rate + len(service.queue) / c.rate_window_s,
-        )
+        load = rate + len(service.queue) / c.rate_window_s
+        now = controller.throughput(self.model, service.layout, self.output, service.continuous)
         target = self.choose(self.members, load)
         if target is None or target == service.layout:
             return
-        faster, move_s = controller.throughput(self.model, target, self.output), self.load_s(target)
+        faster, move_s = controller.throughput(self.model, target, self.output, service.continuous), self.load_s(target)
         if load > now:  # outgrown: how much sooner will the queue be worked off?
             worth = faster >= c.overload_factor * now and len(service.queue) * (1 / now - 1 / faster) > move_s
         else:  # calm: what the requests of the next windows save, against waiting for the move
-            seconds = [controller.request_s(self.model, x, self.output, rate) for x in (service.layout, target)]
+            seconds = [
+                controller.request_s(self.model, x, self.output, rate, service.continuous)
+                for x in (service.layout, target)
+            ]
             waits = move_s * (1 + rate * move_s)
             worth = (
                 not service.queue

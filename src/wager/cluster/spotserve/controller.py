@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from wager.cluster.spotserve.latency import Layout, ServedModel
 from wager.errors import UsageError
 
@@ -24,38 +26,76 @@ def layouts(model: ServedModel, devices: int, device_memory_bytes: float, tokens
                         yield Layout(data, pipeline, tensor, batch)
 
 
-def throughput(model: ServedModel, layout: Layout, output_tokens: int) -> float:
-    """Requests/s when every pipeline always has a full batch."""
+def request_alone_s(model: ServedModel, layout: Layout, output_tokens: int, together: float) -> float:
+    """Seconds of a request of a continuous service whose pipeline serves `together` requests at a time: the steps of that size, and a stop for
+    the prefill of each that joins meanwhile."""
+    sizes = [b for b in model.batches if b <= layout.batch]
+    steps = [model.times(Layout(1, layout.pipeline, layout.tensor, b)).step for b in sizes]
+    prefill = model.times(Layout(1, layout.pipeline, layout.tensor, sizes[0])).prefill
+    return together * prefill + output_tokens * float(np.interp(together, sizes, steps))
+
+
+def throughput(model: ServedModel, layout: Layout, output_tokens: int, continuous: bool = False) -> float:
+    """Requests/s when every pipeline is always full."""
+    if continuous:
+        return layout.data * layout.batch / request_alone_s(model, layout, output_tokens, layout.batch)
     return layout.data * layout.batch / model.times(layout).total(output_tokens)
 
 
-def request_s(model: ServedModel, layout: Layout, output_tokens: int, rate: float) -> float:
-    """Latency of a request at `rate` requests/s: serving, plus the wait of an M/D/c-like queue whose server is a pipeline's batch."""
-    service = model.times(layout).total(output_tokens)
-    busy = rate * service / (layout.data * layout.batch)
+def request_s(model: ServedModel, layout: Layout, output_tokens: int, rate: float, continuous: bool = False) -> float:
+    """Latency of a request at `rate` requests/s: serving, plus the wait of an M/D/c-like queue. In whole batches a server is a pipeline;
+    continuously it is a slot of one, and a pipeline serves as many together as Little's law says. Infinite when it cannot keep up."""
+    if continuous:
+        together = _together(model, layout, output_tokens, rate / layout.data)
+        service, servers, busy = (
+            request_alone_s(model, layout, output_tokens, max(1.0, together)),
+            layout.data * layout.batch,
+            together / layout.batch,
+        )
+    else:
+        service, servers = model.times(layout).total(output_tokens), layout.data
+        busy = rate * service / (layout.data * layout.batch)
     if busy >= 1:
         return float("inf")
-    return service + service * busy ** ((2 * (layout.data + 1)) ** 0.5) / (2 * layout.data * (1 - busy))
+    return service + service * busy ** ((2 * (servers + 1)) ** 0.5) / (2 * servers * (1 - busy))
+
+
+def _together(model: ServedModel, layout: Layout, output_tokens: int, rate: float) -> float:
+    """Requests at a time in one pipeline at `rate`, the batch when it cannot keep up: n = rate * seconds(n), by bisection."""
+    low, high = 0.0, float(layout.batch)
+    if rate * request_alone_s(model, layout, output_tokens, high) >= high:
+        return high
+    for _ in range(30):
+        middle = (low + high) / 2
+        if rate * request_alone_s(model, layout, output_tokens, max(1.0, middle)) > middle:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def choose(
-    model: ServedModel, devices: int, rate: float, output_tokens: int, device_memory_bytes: float, context_tokens: int
-) -> Layout | None:
-    """The layout for `devices` devices at `rate` requests/s; None when the model does not fit them. Raises UsageError on a bad rate."""
+    model: ServedModel, devices: int, rate: float, output_tokens: int, device_memory_bytes: float, context_tokens: int,
+    continuous: bool = False,
+) -> Layout | None:  # fmt: skip
+    """The layout for `devices` devices at `rate` requests/s; None when the model does not fit them. Raises UsageError on a bad rate.
+
+    continuous: of otherwise equal layouts the one with most slots, for a slot that is not used costs no time."""
     if rate < 0:
         raise UsageError(f"an arrival rate of {rate} requests/s is negative")
     fitting = list(layouts(model, devices, device_memory_bytes, context_tokens))
     if not fitting:
         return None
+    if continuous:
+        most = {(c.data, c.pipeline, c.tensor): c for c in sorted(fitting)}  # the largest batch comes last
+        fitting = list(most.values())
     keeping_up = [
-        (request_s(model, c, output_tokens, rate), c) for c in fitting if throughput(model, c, output_tokens) > rate
+        (request_s(model, c, output_tokens, rate, continuous), c)
+        for c in fitting
+        if throughput(model, c, output_tokens, continuous) > rate
     ]
     if keeping_up:
         fastest = min(latency for latency, _ in keeping_up)
         near = [(c.devices, latency, c) for latency, c in keeping_up if latency <= fastest * (1 + NEAR)]
         return min(near)[2]
-    return max(fitting, key=lambda c: (throughput(model, c, output_tokens), -c.devices))
-
-
-def arriving_throughput_is_met(model: ServedModel, layout: Layout, rate: float, output_tokens: int) -> bool:
-    return throughput(model, layout, output_tokens) > rate
+    return max(fitting, key=lambda c: (throughput(model, c, output_tokens, continuous), -c.devices))

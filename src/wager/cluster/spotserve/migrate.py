@@ -1,8 +1,9 @@
 """SpotServe's policy: at every notice and join the next layout is chosen by simulating it, and moved to without losing a token.
 
-propose: the layouts that serve the load best by the latency model; price: each is played on a copy of the service, from the present queue and
-batches through the move and on over arrivals like the latest; verify: the move keeps its deadline, else KV is given up. A machine that
-leaves is served on until just before (arranger); one that joins is used once its weights have arrived.
+propose: the controller's choice and the layouts that the latency model likes next; price: each is played on a copy of the service, from the
+present queue and batches through the move and on over arrivals like the latest; verify: the move keeps its deadline, else KV is given up. A
+machine that leaves is served on until just before (arranger); one that joins is used once its weights have arrived. Without playing, the
+controller's choice is taken, or the first of the others whose move keeps the deadline.
 """
 
 from __future__ import annotations
@@ -31,11 +32,9 @@ NEAR = 0.01  # after a change of machines, by this
 
 @dataclass(frozen=True)
 class Skills:
-    """What the policy does; each can be left out to see what it is worth. look_ahead: layouts are played, not only modelled; pacing: the
-    beginnings of batches may be kept apart."""
+    """What the policy does besides; it can be left out to see what it is worth. look_ahead: layouts are played, not only modelled."""
 
     look_ahead: bool = True
-    pacing: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,10 @@ class Pending:
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout that was played: the tail latency with it, whether its batches are paced, and the move to it (None where it is there already)."""
+    """A layout that was played: the tail latency with it, and the move to it (None where it is there already)."""
 
     target: Layout
     tail_s: float
-    paced: bool
     pending: Pending | None
 
     @property
@@ -76,7 +74,7 @@ class Migrate:
         self.held: dict[str, Place] = {}
         self.pending: Pending | None = None
         self.moving_until = 0.0
-        self.skills, self.next_paced = skills, False
+        self.skills = skills
 
     # -- what happens ------------------------------------------------------------------------------------------------------------
 
@@ -109,16 +107,13 @@ class Migrate:
         rate = self.load.rate(at)
         if rate == math.inf:
             return
-        model, output = self.mover.model, self.mover.output
-        wanted = rate + len(self.service.queue) / self.cloud.rate_window_s
-        best = controller.choose(
-            model, len(self._devices()), wanted, output, self.cloud.device_memory_bytes, self.mover.context
-        )
+        best = self._controlled(at, len(self._devices()))
         if best is None or best == layout:
             return
-        reach = [controller.throughput(model, c, output) for c in (layout, best)]
-        seconds = [controller.request_s(model, c, output, rate) for c in (layout, best)]
-        outgrown = wanted > reach[0] and reach[1] > reach[0] * (1 + STAYING)
+        model, output, continuous = self.mover.model, self.mover.output, self.service.continuous
+        reach = [controller.throughput(model, c, output, continuous) for c in (layout, best)]
+        seconds = [controller.request_s(model, c, output, rate, continuous) for c in (layout, best)]
+        outgrown = self._wanted(at) > reach[0] and reach[1] > reach[0] * (1 + STAYING)
         calm = not self.service.queue and seconds[1] < seconds[0] * (1 - STAYING)
         if outgrown or calm:
             self._decide(at, needless=True)
@@ -138,7 +133,6 @@ class Migrate:
             self.held = {x: p for x, p in self.held.items() if x in set(devices)}
             done = self.mover.plan(service.layout, self.held, {}, step.target, devices, ahead_for_s=0.0)
         perform(service, done, at)
-        service.paced = self.next_paced
         self.held = dict(done.goal)
         self.moving_until = at + done.stop_s
         self.outcome.moved(at, at + done.stop_s, done.target, done.moved_bytes)
@@ -165,38 +159,61 @@ class Migrate:
         if stay and self.skills.look_ahead and layout not in candidates:
             candidates.append(layout)
         futures = self._futures(at)
-        priced = [self._price(at, target, devices, deadline, stay, futures) for target in candidates]
+        priced = []
+        for target in candidates:
+            priced.append(self._price(at, target, devices, deadline, stay, futures))
+            if not futures and priced[-1].in_time:
+                priced = priced[-1:]
+                break
         decided = self.pending
         if decided is not None and decided.deadline_s == deadline and set(decided.step.goal) <= set(devices):
-            tail = float(np.mean([self._play(at, decided, future, self.next_paced) for future in futures]))
-            priced.append(Choice(decided.step.target, tail, self.next_paced, decided))
+            # what has moved ahead for it is there already
+            if futures:
+                tail = float(np.mean([self._play(at, decided, future) for future in futures]))
+                priced.append(Choice(decided.step.target, tail, decided))
+            elif decided.step.target == priced[-1].target:
+                priced = [Choice(decided.step.target, 0.0, decided)]
         best = min(priced, key=lambda c: (not c.in_time, c.tail_s))
         if stay and self.skills.look_ahead:
             staying = next(c for c in priced if c.pending is None)
             if best.tail_s > staying.tail_s * (1 - (STAYING if needless else NEAR)):
                 best = staying
-        self.pending, self.next_paced = best.pending, best.paced
-        if best.pending is None:
-            self.service.paced = best.paced
+        self.pending = best.pending
+
+    def _wanted(self, at: float) -> float:
+        """Requests/s: what arrives, and the queue to be worked off in one window."""
+        return self.load.rate(at) + len(self.service.queue) / self.cloud.rate_window_s
+
+    def _controlled(self, at: float, devices: int) -> Layout | None:
+        """The controller's choice."""
+        return controller.choose(
+            self.mover.model, devices, self._wanted(at), self.mover.output, self.cloud.device_memory_bytes,
+            self.mover.context, self.service.continuous,
+        )  # fmt: skip
 
     def _candidates(self, at: float, devices: int) -> list[Layout]:
-        """The layouts with the least modelled latency at the load; where none keeps up, those with most throughput."""
-        model, output, rate = self.mover.model, self.mover.output, self.load.rate(at)
-        load = rate + len(self.service.queue) / self.cloud.rate_window_s
-        memory, context = self.cloud.device_memory_bytes, self.mover.context
-        if not self.skills.look_ahead:
-            chosen = controller.choose(model, devices, rate, output, memory, context)
-            return [] if chosen is None else [chosen]
-        every = controller.layouts(model, devices, memory, context)
+        """The controller's choice, then the layouts with the least modelled latency, where none keeps up those with most throughput."""
+        chosen = self._controlled(at, devices)
+        if chosen is None:
+            return []
+        model, output, wanted, continuous = (
+            self.mover.model,
+            self.mover.output,
+            self._wanted(at),
+            self.service.continuous,
+        )
+        every = controller.layouts(model, devices, self.cloud.device_memory_bytes, self.mover.context)
 
         def key(c: Layout) -> tuple[float, float, int]:
-            seconds = controller.request_s(model, c, output, load) if load < math.inf else math.inf
-            return seconds, -controller.throughput(model, c, output), c.devices
+            seconds = controller.request_s(model, c, output, wanted, continuous) if wanted < math.inf else math.inf
+            return seconds, -controller.throughput(model, c, output, continuous), c.devices
 
-        return sorted(every, key=key)[:CANDIDATES]
+        return list(dict.fromkeys([chosen, *sorted(every, key=key)]))[:CANDIDATES]
 
     def _futures(self, at: float) -> list[list[Served]]:
         tokens = self.mover.output
+        if not self.skills.look_ahead:
+            return []
         return [[Served(-1, t, tokens) for t in self.load.forecast(at, HORIZON_S, self.rng)] for _ in range(FUTURES)]
 
     def _price(
@@ -208,16 +225,12 @@ class Migrate:
         stay: bool,
         futures: list[list[Served]],
     ) -> Choice:
-        """The move to this layout (None where there is none to make) and the tail latency with it, paced or not as is better."""
+        """The move to this layout (None where there is none to make) and the tail latency with it, where layouts are played."""
         pending = None
         if not (stay and target == self.service.layout):
             pending = self._propose(at, target, devices, deadline)
-        plays = {
-            paced: float(np.mean([self._play(at, pending, future, paced) for future in futures]))
-            for paced in ((False, True) if self.skills.pacing and target.data > 1 else (False,))
-        }
-        paced = min(plays, key=lambda p: plays[p])
-        return Choice(target, plays[paced], paced, pending)
+        tails = [self._play(at, pending, future) for future in futures]
+        return Choice(target, float(np.mean(tails)) if tails else 0.0, pending)
 
     def _propose(self, at: float, target: Layout, devices: Sequence[str], deadline: float) -> Pending:
         service = self.service
@@ -229,18 +242,15 @@ class Migrate:
         soonest = before + step.ahead_s
         return Pending(step, soonest if deadline == math.inf else max(before, deadline - step.stop_s), deadline)
 
-    def _play(self, at: float, pending: Pending | None, future: list[Served], paced: bool) -> float:
+    def _play(self, at: float, pending: Pending | None, future: list[Served]) -> float:
         """Mean latency of the slowest requests when this is done, on a copy."""
         coming = [Served(r.index, r.arrival_s, r.tokens) for r in future]
         copy = self.service.fork(coming)
-        if pending is None:
-            copy.paced = paced
         requests = [*copy.unfinished(), *coming]
         if not requests:
             return 0.0
         if pending is not None:
             copy.serve_until(pending.stop_s, sharp=pending.deadline_s < math.inf)
-            copy.paced = paced
             progress = {d: [r.done + 1 for r in b.requests] for d, b in copy.batches.items()}
             perform(copy, replace(pending.step, heirs=inherit(progress, pending.step.target)), pending.stop_s)
         end = at + 3 * HORIZON_S
@@ -258,7 +268,7 @@ class Migrate:
         best = min(choices, key=lambda c: c.tail_s)
         step = self.mover.plan(None, {}, {}, best.target, devices)
         ready = at if not self.outcome.layouts else at + self.cloud.engine_start_s + step.stop_s
-        self.service.layout, self.service.batches, self.service.paced = best.target, {}, best.paced
+        self.service.layout, self.service.batches = best.target, {}
         self.service.free_s = dict.fromkeys(range(best.target.data), ready)
         self.held, self.moving_until = dict(step.goal), ready
         self.outcome.moved(at, ready, best.target, step.moved_bytes)

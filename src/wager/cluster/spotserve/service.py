@@ -1,8 +1,8 @@
-"""Pipelines that serve requests under a virtual clock: batches to completion, a step per token.
+"""Pipelines that serve requests under a virtual clock, a step per token.
 
-A free pipeline takes what waits, up to the layout's batch. Taken at once, batches of several pipelines tend to begin together, and who just
-missed them waits for nearly a whole batch; a paced service keeps the beginnings apart. What moves machines and layouts is not here: see
-`transition`, `migrate` and `baselines`.
+Continuous (as the engine does): a request joins a pipeline with a free slot at the next step, the others wait while its prompt is computed; what
+waits is spread evenly. In whole batches (as the paper's engine did): a free pipeline takes what waits, up to the layout's batch, and nobody
+joins until all of it has ended. What moves machines and layouts is not here: see `transition`, `migrate` and `baselines`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from wager.cluster.spotserve import arranger
 from wager.cluster.spotserve.latency import Layout, ServedModel, StepTimes
+
+GROUP = 2  # requests that join a full pipeline together when more wait
 
 
 @dataclass(eq=False)
@@ -31,7 +33,7 @@ class Served:
 
 @dataclass(eq=False)
 class Batch:
-    """A pipeline's requests at work. `ready_s`: when its next step begins."""
+    """A pipeline's requests at work. `ready_s`: when its next step begins, or the prefill of those that joined last (`prefill_left_s` long)."""
 
     requests: list[Served]
     ready_s: float
@@ -39,26 +41,21 @@ class Batch:
 
 
 class Service:
-    """The queue, and the layout's pipelines with their batches. `free_s[d]`: when pipeline d, if idle, may begin a batch.
+    """The queue, and the layout's pipelines with their batches. `free_s[d]`: when pipeline d, if idle, may begin a batch."""
 
-    paced: unless enough waits for a full batch, one begins only a D-th of its own duration after the latest of another pipeline."""
-
-    def __init__(self, model: ServedModel, coming: Sequence[Served]):
-        self.model = model
+    def __init__(self, model: ServedModel, coming: Sequence[Served], continuous: bool = False):
+        self.model, self.continuous = model, continuous
         self.queue: deque[Served] = deque()
         self.coming: deque[Served] = deque(coming)
         self.layout: Layout | None = None
         self.batches: dict[int, Batch] = {}
         self.free_s: dict[int, float] = {}
-        self.paced = False
-        self._latest_begin_s = -math.inf
 
     def fork(self, coming: Sequence[Served]) -> Service:
         """A copy that serves `coming` next; the original is not touched."""
-        other = Service(self.model, coming)
+        other = Service(self.model, coming, self.continuous)
         other.queue = deque(copy.copy(r) for r in self.queue)
         other.layout, other.free_s = self.layout, dict(self.free_s)
-        other.paced, other._latest_begin_s = self.paced, self._latest_begin_s
         other.batches = {
             d: Batch([copy.copy(r) for r in b.requests], b.ready_s, b.prefill_left_s) for d, b in self.batches.items()
         }
@@ -77,7 +74,7 @@ class Service:
                 return
             at, pipeline = start
             if self.coming and self.coming[0].arrival_s <= at:
-                self._collect_arrivals(self.coming[0].arrival_s)  # it may fill a batch that was held back
+                self._collect_arrivals(self.coming[0].arrival_s)
             elif pipeline in self.batches:
                 self._advance(pipeline, end_s, sharp)
             else:
@@ -90,37 +87,49 @@ class Service:
         best: tuple[float, int] | None = None
         if self.coming:
             best = self.coming[0].arrival_s, -1
-        soonest = self._pace_s() if self.queue else math.inf
         for pipeline in range(self.layout.data):
             batch = self.batches.get(pipeline)
             if batch is not None:
                 at = batch.ready_s
             elif self.queue:
-                at = max(self.queue[0].arrival_s, soonest, self.free_s.get(pipeline, 0.0))
+                at = max(self.queue[0].arrival_s, self.free_s.get(pipeline, 0.0))
             else:
                 continue
             if best is None or at < best[0]:
                 best = at, pipeline
         return best
 
-    def _pace_s(self) -> float:
-        """When the next batch may begin."""
-        assert self.layout is not None
-        waiting = len(self.queue)
-        if not self.paced or self.layout.data == 1 or waiting >= self.layout.batch:
-            return 0.0
-        duration = self.times(waiting).total(self.queue[0].tokens)
-        return self._latest_begin_s + duration / self.layout.data
-
     def _collect_arrivals(self, until_s: float) -> None:
         while self.coming and self.coming[0].arrival_s <= until_s:
             self.queue.append(self.coming.popleft())
 
     def _begin(self, pipeline: int, at: float) -> None:
+        """An idle pipeline takes what waits."""
         assert self.layout is not None
-        self._latest_begin_s = at
-        chosen = [self.queue.popleft() for _ in range(min(self.layout.batch, len(self.queue)))]
-        self.batches[pipeline] = Batch(chosen, at, self.times(len(chosen)).prefill)
+        size = self._share(pipeline, at) if self.continuous else min(self.layout.batch, len(self.queue))
+        chosen = [self.queue.popleft() for _ in range(size)]
+        self.batches[pipeline] = Batch(chosen, at, self.times(size).prefill)
+
+    def _share(self, pipeline: int, at: float) -> int:
+        """How many waiting requests a pipeline with free slots takes when those that are ready too, or within a step, shall have equally many."""
+        assert self.layout is not None
+        mine, slots = self._size(pipeline), self.layout.batch
+        if not self.queue or mine >= slots:
+            return 0
+        if mine and slots - mine < min(GROUP, len(self.queue)):
+            return 0  # a prefill of several keeps the stages busier than one after another
+        soon = at + self.times(max(1, mine)).step
+        ready = [d for d in range(self.layout.data) if d == pipeline or self._ready_s(d) <= soon]
+        even = -(-(len(self.queue) + sum(map(self._size, ready))) // len(ready))
+        return max(0, min(min(even, slots) - mine, len(self.queue)))
+
+    def _size(self, pipeline: int) -> int:
+        batch = self.batches.get(pipeline)
+        return 0 if batch is None else len(batch.requests)
+
+    def _ready_s(self, pipeline: int) -> float:
+        batch = self.batches.get(pipeline)
+        return self.free_s.get(pipeline, 0.0) if batch is None else batch.ready_s + batch.prefill_left_s
 
     def times(self, size: int) -> StepTimes:
         """Of a batch of that size, at the next measured size."""
@@ -129,8 +138,10 @@ class Service:
         return self.model.times(Layout(1, self.layout.pipeline, self.layout.tensor, batch))
 
     def _advance(self, pipeline: int, end_s: float, sharp: bool) -> None:
-        """Prefill, then steps up to the batch's end or `end_s`."""
+        """Prefill of who joined, or steps up to the next end, arrival, or `end_s`."""
         batch = self.batches[pipeline]
+        if self.continuous and batch.prefill_left_s == 0:
+            self._join(pipeline, batch, end_s if sharp else math.inf)
         at = batch.ready_s
         if batch.prefill_left_s > 0:
             if sharp and at + batch.prefill_left_s > end_s:
@@ -141,23 +152,42 @@ class Service:
         step = self.times(len(batch.requests)).step
         left = min(r.tokens - r.done for r in batch.requests)
         if sharp:
-            steps = arranger.steps_before_leaving(end_s - at, 0.0, step, left)
+            steps = min(self._undisturbed(batch, step), arranger.steps_before_leaving(end_s - at, 0.0, step, left))
             if not steps:
                 batch.ready_s = end_s
                 return
         else:
-            steps = min(left, max(1, math.floor((end_s - at) / step)))
+            steps = min(left, self._undisturbed(batch, step), max(1, math.floor((end_s - at) / step)))
+        self._step(pipeline, batch, steps, at + steps * step)
+
+    def _join(self, pipeline: int, batch: Batch, end_s: float) -> None:
+        """Waiting requests take free slots, if their prefill ends in time."""
+        size = self._share(pipeline, batch.ready_s)
+        if size and batch.ready_s + self.times(size).prefill <= end_s:
+            batch.requests += [self.queue.popleft() for _ in range(size)]
+            batch.prefill_left_s = self.times(size).prefill
+
+    def _undisturbed(self, batch: Batch, step: float) -> int:
+        """Steps until somebody may want to join: at the first step that begins after the next arrival."""
+        assert self.layout is not None
+        if not self.continuous or len(batch.requests) >= self.layout.batch:
+            return max(r.tokens for r in batch.requests)
+        if self.queue or not self.coming:
+            return 1 if self.queue else max(r.tokens for r in batch.requests)
+        return max(1, math.ceil((self.coming[0].arrival_s - batch.ready_s) / step))
+
+    def _step(self, pipeline: int, batch: Batch, steps: int, end_s: float) -> None:
+        """`steps` tokens for each request, the last at `end_s`."""
+        batch.ready_s = end_s
         for r in batch.requests:
             r.done += steps
             r.generated += steps
-        batch.ready_s = at + steps * step
-        for r in batch.requests:
             if r.done >= r.tokens:
-                r.finished_s = batch.ready_s
+                r.finished_s = end_s
         batch.requests = [r for r in batch.requests if r.done < r.tokens]
         if not batch.requests:
             del self.batches[pipeline]
-            self.free_s[pipeline] = batch.ready_s
+            self.free_s[pipeline] = end_s
 
     def drop(self, pipelines: Sequence[int]) -> None:
         """The requests of these pipelines go back to the head of the queue and lose their tokens."""

@@ -46,10 +46,10 @@ class SpotSimulation:
 
     def __init__(
         self, model: ServedModel, availability: Availability, arrivals: Sequence[Arrival], policy: str, cloud: Cloud,
-        shape: Layout | None = None, paced: bool = False, skills: Skills | None = None,
+        shape: Layout | None = None, continuous: bool = True, skills: Skills | None = None,
     ):  # fmt: skip
-        """shape: pipeline and tensor degree and batch that `reroute` keeps; chosen for the first machines when left out. paced: a baseline
-        keeps the beginnings of its batches apart. skills: of `spotserve`."""
+        """shape: pipeline and tensor degree and batch that `reroute` keeps; chosen for the first machines when left out. continuous: requests join
+        at any step; otherwise pipelines serve whole batches, as when the policies were published. skills: of `spotserve`."""
         if policy not in POLICIES:
             raise UsageError(f"policy {policy!r} is unknown; use one of {', '.join(POLICIES)}")
         self.availability, self.cloud = availability, cloud
@@ -57,8 +57,7 @@ class SpotSimulation:
         requests = [Served(i, a.arrival_s, a.output_tokens) for i, a in enumerate(arrivals)]
         output = max(a.output_tokens for a in arrivals)
         context = max(a.prompt_tokens + a.output_tokens for a in arrivals)
-        self.service, self.outcome = Service(model, requests), Outcome(requests)
-        self.service.paced = paced
+        self.service, self.outcome = Service(model, requests, continuous), Outcome(requests)
         load = Load([r.arrival_s for r in requests], cloud.rate_window_s, cloud.expected_rate)
         known = self.service, cloud, load, self.outcome, context, output
         self.migrate = None

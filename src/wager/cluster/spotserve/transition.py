@@ -15,7 +15,7 @@ from wager.cluster.spotserve.cloud import Cloud
 from wager.cluster.spotserve.latency import Layout, ServedModel
 from wager.cluster.spotserve.mapper import Heirs, Place, Sizes, assign, inherit, stage_layers
 from wager.cluster.spotserve.migration import STORAGE, Transfer
-from wager.cluster.spotserve.service import Batch, Service
+from wager.cluster.spotserve.service import Batch, Served, Service
 
 Stage = tuple[int, int]  # pipeline, stage
 
@@ -197,8 +197,13 @@ def perform(service: Service, step: Transition, stop_s: float) -> None:
             if before in olds:
                 kept[new] = olds.pop(before)
             continue
-        movable = [d for d in sources if _worth_moving(service, olds[d], max(ready))]
-        moved = [olds.pop(d) for d in movable]
+        moved = []
+        for old in sources:
+            started = _started(olds[old])
+            if started and arranger.worth_moving(max(ready), service.done_s(olds[old])):
+                batch = olds.pop(old)
+                service.put_back([r for r in batch.requests if r not in started])
+                moved.append(Batch(started, batch.ready_s, 0.0))
         free[new] = stop_s + _pipelined(ready, prefill)
         if moved:
             requests = sorted((r for b in moved for r in b.requests), key=lambda r: -r.done)
@@ -210,8 +215,9 @@ def perform(service: Service, step: Transition, stop_s: float) -> None:
     service.layout, service.batches, service.free_s = target, kept, free
 
 
-def _worth_moving(service: Service, batch: Batch, seconds: float) -> bool:
-    return batch.prefill_left_s == 0 and arranger.worth_moving(seconds, service.done_s(batch))
+def _started(batch: Batch) -> list[Served]:
+    """Requests that have KV to move: all, unless a prefill is under way; then those that were there before it."""
+    return [r for r in batch.requests if r.done or batch.prefill_left_s == 0]
 
 
 def _pipelined(ready: Sequence[float], work_s: float) -> float:
