@@ -18,6 +18,7 @@ from wager.compile.mirage.generate import Limits, Progress
 from wager.compile.mirage.tune import race
 from wager.compile.prism import search as prism_search
 from wager.compile.report import Report
+from wager.compile.views import absorb, restore
 from wager.errors import WagerError
 from wager.graph.domains import NotInDomain
 from wager.graph.execute import Executable
@@ -49,32 +50,33 @@ def superoptimize(
     traced: Traced, inputs: Sequence[Tensor], settings: Settings, say: Callable[[str], None] | None = None
 ) -> tuple[Any, Program, Report]:
     """What runs (None: the original), its program, and the report."""
-    program, limits = traced.program, settings.limits
+    program, limits = absorb(traced.program), settings.limits
     report = Report(settings.search, "original", "", 0.0, 0.0, 0.0, 0.0)
     strange = sorted({n.op for n in program.nodes} - FUSABLE)
     if strange or len(program.outputs) != 1:
         what = f"operators {', '.join(strange)}" if strange else f"{len(program.outputs)} outputs"
         report.reason = f"{what} cannot enter a fused kernel; the original is kept"
-        return None, program, report
-    place = found_before.path(program, settings.search, limits, settings.samples)
+        return None, traced.program, report
+    place = found_before.path(traced.program, settings.search, limits, settings.samples)
     if settings.cache and (known := _remembered(place, traced, report)) is not None:
         return *known, report
     programs, counters = _candidates(program, settings, report, say)
     if not programs:
         stopped = counters.limit or f"max_block_ops {limits.max_block_ops}: no graph of that size computes the function"
         report.reason = f"0 graphs found ({stopped}); the original is kept"
-        return None, program, report
+        return None, traced.program, report
+    programs = [restore(p, traced.program) for p in programs]
     told = (lambda n: say(f"{n} candidates left in the race")) if say else None
     best = race(programs, traced.constants, inputs, samples=settings.samples, on_timed=told)
     if not best:
         report.reason = "no candidate could be compiled; the original is kept"
-        return None, program, report
+        return None, traced.program, report
     if say:
         say(f"best: {best[0].seconds * 1e3:.3f} ms")
     report.counters["timed"] = min(settings.samples, len(programs))
-    sure, report.reason = certificate(program, best[0].program)
+    sure, report.reason = certificate(traced.program, best[0].program)
     if not sure:
-        return None, program, report
+        return None, traced.program, report
     report.used = settings.search
     if settings.cache and not counters.limit:
         found_before.write(place, best[0].program, report.counters)
@@ -136,6 +138,7 @@ def _candidates(
 
 def certificate(reference: Program, candidate: Program) -> tuple[bool, str]:
     """Whether the candidate may be used, and what is known about the equivalence in one sentence."""
+    reference, candidate = absorb(reference), absorb(candidate)
     why_not = prove(reference, candidate)
     proof = _proof_text(why_not, reference, candidate)
     proved = proof.startswith("proved")

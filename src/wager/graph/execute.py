@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wager.errors import UsageError
+from wager.graph.lower import layout
 from wager.graph.lower.library import NativeKernel
+from wager.graph.lower.tiles import Layout
 from wager.graph.program import Node, Program
 
 UNARY: dict[str, Callable[..., Tensor]] = {
@@ -91,8 +93,12 @@ def _convolution(attrs: Mapping[str, Any]) -> Callable[..., Tensor]:
 class Executable:
     """`program` over float32 CPU tensors; call with the non-constant inputs in order. Registered steps (`kinds`) replace torch operators."""
 
-    def __init__(self, program: Program, constants: Mapping[str, Tensor] | None = None):
+    def __init__(
+        self, program: Program, constants: Mapping[str, Tensor] | None = None, layouts: Mapping[int, Layout] | None = None
+    ):
+        """`layouts` of the pruned program's kernels (by position); without them they are chosen here."""
         self.program, constants = program.pruned(), dict(constants or {})
+        self.layouts = choose_layouts(self.program, constants) if layouts is None else dict(layouts)
         nodes = self.program.nodes
         known: dict[int, Tensor] = {}
         self.steps: list[tuple[int, Callable[..., Any], tuple[int, ...]]] = []
@@ -123,7 +129,7 @@ class Executable:
     def _kernel(self, i: int, node: Node, known: Mapping[int, Tensor]) -> None:
         shapes = [self.program.nodes[j].shape for j in node.inputs]
         constant = [a for a, j in enumerate(node.inputs) if j in known]
-        kernel = NativeKernel(node, shapes, constant)
+        kernel = NativeKernel(node, shapes, constant, self.layouts.get(i))
         bound = {a: kernel.pack(a, known[node.inputs[a]].float()) for a in constant}
 
         def run(*args: Tensor) -> list[Tensor]:
@@ -160,6 +166,21 @@ class Executable:
             for j in dead:
                 values[j] = None
         return [values[i] for i in self.program.outputs]
+
+
+def choose_layouts(program: Program, constants: Mapping[str, Tensor]) -> dict[int, Layout]:
+    """The layouts of a pruned program's kernels (empty for a program without kernels)."""
+    return layout.choose(program, known_values(program, constants)) if program.kernels else {}
+
+
+def known_values(program: Program, constants: Mapping[str, Tensor]) -> set[int]:
+    """Positions of values that depend on constants alone (results of kernels are computed at every call)."""
+    known: set[int] = set()
+    for i, node in enumerate(program.nodes):
+        given = node["name"] in constants if node.op == "input" else node.op not in ("kernel", "result")
+        if given and all(j in known for j in node.inputs):
+            known.add(i)
+    return known
 
 
 def _picker(index: int) -> Callable[[list[Tensor]], Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor as TorchTensor
 
 from wager.graph.expression import Body, Call, Number, Read, Scope, Tensor, substitute
 from wager.graph.index import Affine, Div, Mod, it
-from wager.graph.lower.cpp import BINARY_CODE, number, strides, unary_code
+from wager.graph.lower.code import BINARY_CODE, number, strides, unary_code
 from wager.graph.lower.library import POINTER, compile_source
 
 Guard = tuple[Affine, int, int]
