@@ -19,6 +19,8 @@ from wager.graph.operators import BINARY, UNARY, Shape
 from wager.graph.program import BlockGraph, Node
 
 HEADERS = Path(__file__).parent
+LINE = 16  # floats of a cache line
+FAR_BYTES = 4096  # rows this long are foreseen by the processor
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class _Emitter:
         name = f"s{i}" if copied else f"t{i}"
         self.emit(f"const float* {name} = in[{arg}]{''.join(' + ' + o for o in offset)};")
         source = View(name, steps)
+        self._fetch_ahead(node, source)
         if not copied:
             self.views[i] = source
             return
@@ -138,6 +141,25 @@ class _Emitter:
             node.shape,
             self.tiles.order(i),
             lambda at: f"{self._address(self.views[i], at)} = {self._address(source, at)};",
+        )
+
+    def _fetch_ahead(self, node: Node, view: View) -> None:
+        """Asks for the next turn's tile while this one is computed where its rows lie apart: the processor does not foresee those."""
+        dim, loop = node["fmap"], self.block.loop
+        rank, near = len(node.shape), next((d for d, s in enumerate(view.strides) if s == 1), 0)
+        run = node.shape[near]
+        if dim < 0 or loop == 1 or rank < 2 or run >= math.prod(node.shape) or run < LINE:
+            return
+        others = [d for d in range(rank) if d != near]
+        if run * 4 >= FAR_BYTES or view.strides[others[-1]] == run:
+            return
+        self.emit(f"if (it + 1 < {loop})")
+        for d in others:
+            self.emit(f"for (long i{d} = 0; i{d} < {node.shape[d]}; i{d}++)")
+        at = [f"i{d}" if d != near else "r" for d in range(rank)]
+        step = node.shape[dim] * view.strides[dim]
+        self.emit(
+            f"for (long r = 0; r < {run}; r += {LINE}) __builtin_prefetch(&{self._address(view, at)} + {step}L, 0, 2);"
         )
 
     def _bind_output(self, i: int) -> None:
@@ -264,11 +286,18 @@ class _Emitter:
         node, width = self.block.nodes[i], self.block.nodes[i].shape[dim]
         at = [f"i{d}" for d in range(len(shape))]
         place = self._address(self.views[i], [*at[:dim], "w", *at[dim + 1 :]])
+        source = node.inputs[0]
+        start = "0.0f" if node.op == "sum" else f"it > 0 ? {place} : 0.0f"
+        if width == 1 and not self.tiles.inline[source] and self.views[source].strides[dim] == 1:
+            at[dim] = "0"
+            first, squared = self._operand(source, at), "true" if node.op == "accum_rms" else "false"
+            self.emit(f"{place} = ({start}) + wg_total<{squared}>(&{first}, {shape[dim]});")
+            return
         at[dim] = f"(j * {width} + w)" if width > 1 else "j"
-        self.emit(f"float s = {'0.0f' if node.op == 'sum' else f'it > 0 ? {place} : 0.0f'};")
+        self.emit(f"float s = {start};")
         self.emit("#pragma omp simd reduction(+ : s)")
         self.emit(f"for (long j = 0; j < {shape[dim] // width}; j++) {{")
-        value = self._operand(node.inputs[0], at)
+        value = self._operand(source, at)
         self.emit(f"    const float v = {value}; s += {'v * v' if node.op == 'accum_rms' else 'v'};")
         self.emit("}")
         self.emit(f"{place} = s;")

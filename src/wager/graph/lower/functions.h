@@ -42,6 +42,31 @@ static inline float wg_gelu_tanh(float x) {
 }
 static inline float wg_gelu(float x) { return 0.5f * x * (1.0f + __builtin_erff(x * 0.70710678118654752f)); }
 static inline float wg_relu(float x) { return x < 0.0f ? 0.0f : x; }  // keeps NaN
+// Sums of neighbours in memory: two running vectors, folded pairwise at the end.
+typedef int32_t ivec __attribute__((vector_size(VECTOR * 4)));
+template <int W>
+static inline float wg_fold(vec v) {
+    ivec other;
+    for (int l = 0; l < VECTOR; l++) other[l] = l ^ W;
+    v += __builtin_shuffle(v, other);
+    if constexpr (W > 1)
+        return wg_fold<W / 2>(v);
+    else
+        return v[0];
+}
+template <bool SQUARE>
+static inline float wg_total(const float* x, long n) {
+    vec a = {}, b = {};
+    long i = 0;
+    for (; i + 2 * VECTOR <= n; i += 2 * VECTOR) {
+        const vec u = *(const vec*)(x + i), v = *(const vec*)(x + i + VECTOR);
+        a += SQUARE ? u * u : u;
+        b += SQUARE ? v * v : v;
+    }
+    float s = wg_fold<VECTOR / 2>(a + b);
+    for (; i < n; i++) s += SQUARE ? x[i] * x[i] : x[i];
+    return s;
+}
 static inline long wg_floordiv(long a, long b) { long q = a / b; return q - ((a % b != 0) & ((a < 0) != (b < 0))); }
 static inline long wg_mod(long a, long b) { long r = a % b; return r + ((r != 0) & ((r < 0) != (b < 0))) * b; }
 

@@ -72,33 +72,38 @@ static inline void wg_panels(long M, long N, long K, const float* A, long ar, lo
     for (long j = 0; j < N; j += W) wg_rows<2, true, E>(M, K, A, ar, ac, B + j * K, W, C + j, ldc, add, true);
 }
 
-// One panel of two vectors, copied first so that its rows neither evict one another (large strides alias in the cache) nor cost address
-// translations; worth it when several row blocks read it.
+// Panels of two vectors, copied first so that rows neither evict one another (large strides alias in the cache) nor cost address
+// translations; worth it when several row blocks read them. Whole rows of up to WIDE columns are copied, since neighbours come cheaper.
 template <class E>
-static inline void wg_packed_panel(long M, long K, const float* A, long ar, long ac, const float* B, long ldb, float* C, long ldc, bool add) {
-    constexpr long DEPTH = 256;
-    alignas(64) static thread_local float panel[DEPTH * 2 * VECTOR];
-    for (long k = 0; k < K; k += DEPTH) {
-        const long depth = K - k < DEPTH ? K - k : DEPTH;
-        for (long r = 0; r < depth; r++) {
-            *(vec*)(panel + r * 2 * VECTOR) = *(const vec*)(B + (k + r) * ldb);
-            *(vec*)(panel + r * 2 * VECTOR + VECTOR) = *(const vec*)(B + (k + r) * ldb + VECTOR);
+static inline void wg_packed(long M, long N, long K, const float* A, long ar, long ac, const float* B, long ldb, float* C, long ldc, bool add) {
+    constexpr long PANEL = 2 * VECTOR, WIDE = 8 * PANEL, ROOM = 128 * WIDE;
+    alignas(64) static thread_local float copy[ROOM];
+    for (long j = 0; j < N; j += WIDE) {
+        const long wide = N - j < WIDE ? N - j : WIDE, most = ROOM / wide;
+        for (long k = 0; k < K; k += most) {
+            const long depth = K - k < most ? K - k : most;
+            for (long r = 0; r < depth; r++)
+                for (long c = 0; c < wide; c += PANEL) {
+                    float* to = copy + c * depth + r * PANEL;
+                    const float* from = B + (k + r) * ldb + j + c;
+                    *(vec*)to = *(const vec*)from;
+                    *(vec*)(to + VECTOR) = *(const vec*)(from + VECTOR);
+                }
+            for (long c = 0; c < wide; c += PANEL)
+                wg_rows<2, false, E>(M, depth, A + k * ac, ar, ac, copy + c * depth, PANEL, C + j + c, ldc, add || k > 0, k + depth == K);
         }
-        wg_rows<2, false, E>(M, depth, A + k * ac, ar, ac, panel, 2 * VECTOR, C, ldc, add || k > 0, k + depth == K);
     }
 }
 
 // C[M x N] (+)= A[M x K] B[K x N], B and C contiguous along columns.
 template <class E>
 static inline void wg_plain(long M, long N, long K, const float* A, long ar, long ac, const float* B, long ldb, float* C, long ldc, bool add) {
-    const bool pack = M >= 12 && ldb > 256;
-    long j = 0;
-    for (; j + 2 * VECTOR <= N; j += 2 * VECTOR) {
-        if (pack)
-            wg_packed_panel<E>(M, K, A, ar, ac, B + j, ldb, C + j, ldc, add);
-        else
-            wg_rows<2, false, E>(M, K, A, ar, ac, B + j, ldb, C + j, ldc, add, true);
-    }
+    const long whole = N / (2 * VECTOR) * (2 * VECTOR);
+    if (M >= 12 && ldb > 256)
+        wg_packed<E>(M, whole, K, A, ar, ac, B, ldb, C, ldc, add);
+    else
+        for (long j = 0; j < whole; j += 2 * VECTOR) wg_rows<2, false, E>(M, K, A, ar, ac, B + j, ldb, C + j, ldc, add, true);
+    long j = whole;
     for (; j + VECTOR <= N; j += VECTOR) wg_rows<1, false, E>(M, K, A, ar, ac, B + j, ldb, C + j, ldc, add, true);
     for (long i = 0; i < M; i++)
         for (long jj = j; jj < N; jj++) {
@@ -124,7 +129,7 @@ static inline void wg_dot(long K, const float* A, long ar, const float* B, long 
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NR; j++) {
             float s = add ? C[i * cr + j * cc] : 0.0f;
-            for (long l = 0; l < VECTOR; l++) s += c[i][j][l];
+            s += wg_fold<VECTOR / 2>(c[i][j]);
             for (long r = k; r < K; r++) s += A[i * ar + r] * B[j * bc + r];
             C[i * cr + j * cc] = E::on(s);
         }
