@@ -124,6 +124,8 @@ def _candidates(
     if settings.search == "prism":
         found = prism_search.search(program, settings.limits, counters, workers=settings.workers, state=settings.state)
         programs = prism_search.members(found.families, program, threads)
+        if not programs and threads > 1:  # e.g. one row that cannot be cut: a single block is all there is
+            programs = prism_search.members(found.families, program, 1)
         report.details = [found.families[0].explain()] if found.families else []
     else:
         concrete = mirage_search.search(

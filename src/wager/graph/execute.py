@@ -125,17 +125,27 @@ class Executable:
         for i, value in known.items():
             self.values[i] = value
         self.last_use = self._last_uses()
+        self.shapes = [self.program.nodes[i].shape for i in self.slots]
+        self.alone = self._alone()
 
     def _kernel(self, i: int, node: Node, known: Mapping[int, Tensor]) -> None:
         shapes = [self.program.nodes[j].shape for j in node.inputs]
         constant = [a for a, j in enumerate(node.inputs) if j in known]
         kernel = NativeKernel(node, shapes, constant, self.layouts.get(i))
-        bound = {a: kernel.pack(a, known[node.inputs[a]].float()) for a in constant}
+        for a in constant:
+            kernel.bind(a, known[node.inputs[a]].float())
+        self.steps.append((i, kernel, tuple(j for j in node.inputs if j not in known)))
 
-        def run(*args: Tensor) -> list[Tensor]:
-            return kernel(*(bound.get(a, x) for a, x in enumerate(args)))
-
-        self.steps.append((i, run, node.inputs))
+    def _alone(self) -> NativeKernel | None:
+        """The kernel, when the program is nothing else: its inputs and results are the program's."""
+        nodes = self.program.nodes
+        kernels = [(i, run, inputs) for i, run, inputs in self.steps if isinstance(run, NativeKernel)]
+        if len(kernels) != 1 or any(nodes[i].op not in ("kernel", "result") for i, _, _ in self.steps):
+            return None
+        position, kernel, inputs = kernels[0]
+        outputs = [nodes[o]["index"] for o in self.program.outputs if nodes[o].inputs == (position,)]
+        whole = outputs == list(range(len(kernel.output_shapes))) and len(outputs) == len(self.program.outputs)
+        return kernel if whole and list(inputs) == self.slots else None
 
     def _last_uses(self) -> list[list[int]]:
         """Per step, the values that no later step reads: their memory is returned at once."""
@@ -153,13 +163,14 @@ class Executable:
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         if len(inputs) != len(self.slots):
             raise UsageError(f"the program takes {len(self.slots)} inputs, got {len(inputs)}")
+        for slot, x, expected in zip(self.slots, inputs, self.shapes, strict=True):
+            if x.shape != expected:
+                name = self.program.nodes[slot]["name"]
+                raise UsageError(f"input {name!r} has shape {tuple(x.shape)}, compiled for {expected}")
+        if self.alone is not None:
+            return self.alone(*inputs)
         values = self.values.copy()
         for slot, x in zip(self.slots, inputs, strict=True):
-            if tuple(x.shape) != self.program.nodes[slot].shape:
-                expected = self.program.nodes[slot].shape
-                raise UsageError(
-                    f"input {self.program.nodes[slot]['name']!r} has shape {tuple(x.shape)}, compiled for {expected}"
-                )
             values[slot] = x
         for (i, run, args), dead in zip(self.steps, self.last_use, strict=True):
             values[i] = run(*[values[j] for j in args])

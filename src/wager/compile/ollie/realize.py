@@ -177,5 +177,5 @@ def _tiles(m: int, b_KN: Tensor, rows: int, columns: int) -> Callable[[Tensor], 
     x, w = build.input(0, (-1, 0, -1)), build.input(1, (1, -1, -1))
     build.output(build.accum(build.matmul(x, w)), (1, 0, -1))
     kernel = NativeKernel(Node("kernel", (0, 1), (), (), build.build()), [(m, k), (k, n)], [1])
-    packed = kernel.pack(1, b_KN)
-    return lambda x: kernel(x, packed)[0]
+    kernel.bind(1, b_KN)
+    return lambda x: kernel(x)[0]

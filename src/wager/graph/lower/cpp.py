@@ -14,12 +14,13 @@ from pathlib import Path
 
 from wager.errors import UsageError
 from wager.graph.lower.code import BINARY_CODE, number, ordered_strides, panel_width, unary_code
-from wager.graph.lower.tiles import Layout, Tiles, product_form, row_major
+from wager.graph.lower.tiles import Layout, Tiles, product_form, row_major, vector_operations
 from wager.graph.operators import BINARY, UNARY, Shape
 from wager.graph.program import BlockGraph, Node
 
 HEADERS = Path(__file__).parent
 LINE = 16  # floats of a cache line
+WORTH_WAKING = 60_000  # vector operations: about 20 microseconds of one core
 FAR_BYTES = 4096  # rows this long are foreseen by the processor
 
 
@@ -71,7 +72,7 @@ class _Emitter:
         gx, gy, gz = block.grid
         body = "\n".join(self.lines)
         return f"""{"".join(self.types)}extern "C" void {self.name}(const float* const* in, float* const* out) {{
-    #pragma omp parallel for schedule(static)
+    {self._pragma()}
     for (long b = 0; b < {gx * gy * gz}; b++) {{
         alignas(64) static thread_local float arena[{max(arena, 1)}];
         const long g0 = b / {gy * gz}, g1 = (b / {gz}) % {gy}, g2 = b % {gz};
@@ -80,6 +81,11 @@ class _Emitter:
     }}
 }}
 """
+
+    def _pragma(self) -> str:
+        """Waking the other threads takes longer than a small kernel."""
+        small = self.block.blocks == 1 or vector_operations(self.block) < WORTH_WAKING
+        return "" if small else "#pragma omp parallel for schedule(static)"
 
     def _node(self, i: int) -> None:
         node = self.block.nodes[i]

@@ -10,7 +10,7 @@ import ctypes
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -139,8 +139,22 @@ class NativeKernel:
         self.output_shapes = [self.block.output_shape(n) for n in self.block.outputs]
         self._in, self._out = (POINTER * len(arguments))(), (POINTER * len(self.output_shapes))()
         given = self.generated.layout
-        self._orders = [None if o == tuple(range(len(o))) else o for o in given.arguments]
         self._results = [None if o == tuple(range(len(o))) else o for o in given.results]
+        self._held: dict[int, Tensor] = {}
+        self._free: list[tuple[int, Order | None]] = []
+        self._ask(range(len(arguments)))
+
+    def _ask(self, arguments: Iterable[int]) -> None:
+        """Which arguments every call passes, and their memory order where it is not row-major."""
+        orders = self.generated.layout.arguments
+        plain = [o == tuple(range(len(o))) for o in orders]
+        self._free = [(i, None if plain[i] else orders[i]) for i in arguments]
+
+    def bind(self, arg: int, x: Tensor) -> None:
+        """Fixes a constant argument: it is laid out here, once, and calls no longer pass it."""
+        self._held[arg] = self.pack(arg, x)
+        self._in[arg] = self._held[arg].data_ptr()
+        self._ask(i for i, _ in self._free if i != arg)
 
     def pack(self, arg: int, x: Tensor) -> Tensor:
         """A constant in the order in which blocks read it."""
@@ -158,10 +172,10 @@ class NativeKernel:
         return torch.from_numpy(tiles.copy()).contiguous()
 
     def __call__(self, *args: Tensor, out: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The arguments that are not bound, in order."""
         results = list(out) if out is not None else [self._empty(i) for i in range(len(self.output_shapes))]
         kept = []  # what is rearranged has to live until the call is over
-        for i, a in enumerate(args):
-            order = self._orders[i]
+        for (i, order), a in zip(self._free, args, strict=True):
             if i not in self.packed and not (a.is_contiguous() if order is None else a.permute(order).is_contiguous()):
                 a = a.contiguous() if order is None else arranged(a, order)
                 kept.append(a)

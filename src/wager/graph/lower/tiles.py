@@ -45,6 +45,23 @@ def row_major(block: BlockGraph, arguments: Sequence[Shape]) -> Layout:
     )
 
 
+SLOW_FUNCTIONS = frozenset(("exp", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "log", "sin", "cos"))
+
+
+def vector_operations(block: BlockGraph) -> int:
+    """About how many vector operations all blocks together take."""
+    lanes, total = panel_width() // 2, 0
+    for i, node in enumerate(block.nodes):
+        turns = block.loop if not block.after[i] or node.op.startswith("accum") else 1
+        size = math.prod(node.shape)
+        if node.op == "matmul":
+            size *= block.nodes[node.inputs[0]].shape[-1]
+        elif node.inputs:
+            size = max(size, math.prod(block.nodes[node.inputs[0]].shape))
+        total += turns * size * (16 if node.op in SLOW_FUNCTIONS else 1)
+    return block.blocks * total // lanes
+
+
 class Tiles:
     """The storage of one block under a layout. `packed` arguments arrive as contiguous tiles."""
 
