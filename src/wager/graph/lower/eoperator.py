@@ -199,7 +199,7 @@ class EOperator:
 
 @lru_cache(maxsize=512)
 def _function(text: str) -> Any:
-    function = compile_source([text], "wager_eoperator").wager_eoperator
+    function = compile_source([text], "wager_eoperator", products=False).wager_eoperator
     function.argtypes, function.restype = (POINTER, POINTER), None
     return function
 

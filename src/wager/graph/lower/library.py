@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def compile_source(functions: Sequence[str], stem: str = "wager_program", produc
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}.cpp"
     if not path.exists():
-        temporary = folder / f"{stem}.{id(functions)}.tmp"
+        temporary = folder / f"{stem}.{os.getpid()}-{threading.get_ident()}.tmp"  # others may be writing the same text
         temporary.write_text(text)
         temporary.replace(path)
     return build.load(stem, [path], FLAGS)
