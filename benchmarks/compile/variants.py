@@ -52,9 +52,12 @@ def main() -> None:
     budget = args.budget or (4.0 if args.quick else 20.0)
     rows, facts = recorded() if args.only and not args.quick else ([], {})
     for section in SECTIONS if args.only is None else (args.only,):
-        new, facts[section] = {"ablation": ablation, "retune": tuned_again, "layouts": layouts, "eoperators": bandwidth}[
-            section
-        ](args.quick, budget)
+        new, facts[section] = {
+            "ablation": ablation,
+            "retune": tuned_again,
+            "layouts": layouts,
+            "eoperators": bandwidth,
+        }[section](args.quick, budget)
         rows = [r for r in rows if not r.workload.startswith(section)] + new
         for name, value in facts[section].items():
             say(f"{section}, {name}: {value}")
@@ -117,7 +120,9 @@ def tuned_again(quick: bool, budget: float) -> tuple[list[Row], dict[str, Any]]:
     }
     rows, losses = [], []
     for b, program in programs.items():
-        best = race(symbolic.members(symbolic.search(program, limits).families, program, threads), {}, inputs[b], samples=24)
+        best = race(
+            symbolic.members(symbolic.search(program, limits).families, program, threads), {}, inputs[b], samples=24
+        )
         pair = {"searched for this size": best[0], "tuned again": tuned[b]}
         calls = {n: (lambda t=t, b=b: _void(t.run(*inputs[b]))) for n, t in pair.items()}
         rows += compare(f"retune, batch {b}", calls, repeats=5 if quick else 21)
@@ -155,7 +160,8 @@ def layouts(quick: bool, budget: float) -> tuple[list[Row], dict[str, Any]]:
             facts[name] = done.report().reason
             continue
         plain = Executable(done.run.program, done.traced.constants, {})
-        calls = {"row-major": lambda: _void(plain(*inputs)), "layouts chosen": lambda: _void(done.run(*inputs))}
+        ways = {"row-major": plain, "layouts chosen": done.run}
+        calls = {way: (lambda run=run, data=inputs: _void(run(*data))) for way, run in ways.items()}
         rows += compare(f"layouts: {name}", calls, repeats=5 if quick else 25)
         facts[name] = {
             "arguments": [list(o) for o in next(iter(done.run.layouts.values())).arguments],

@@ -32,7 +32,11 @@ def product_kernel(order: tuple[int, int] | None, op: str = "exp") -> Program:
 def two_kernels() -> Program:
     """(x y) z: the first kernel's result is read by the second alone."""
     build = Builder()
-    x, y, z = build.input((16, 8), "x"), build.input((8, 32), "y"), build.permute(build.input((24, 32), "z"), order=(1, 0))
+    x, y, z = (
+        build.input((16, 8), "x"),
+        build.input((8, 32), "y"),
+        build.permute(build.input((24, 32), "z"), order=(1, 0)),
+    )
     first = BlockBuilder([(16, 8), (8, 32)], (2, 1, 1))
     first.output(first.accum(first.matmul(first.input(0, (0, -1, -1)), first.input(1, (-1, -1, -1)))), (0, -1, -1))
     (between,) = build.kernel([x, y], first.build())
@@ -88,7 +92,9 @@ def test_the_integer_program_is_as_good_as_brute_force(name, held):
 def test_the_room_in_the_arena_forbids_copies():
     program = product_kernel((1, 0)).pruned()
     costs = [
-        problem.cost(layout.minimise(problem)) for arena in (0, 7000, 1 << 20) for problem in [layout.state(program, (), arena)]
+        problem.cost(layout.minimise(problem))
+        for arena in (0, 7000, 1 << 20)
+        for problem in [layout.state(program, (), arena)]
     ]
     assert costs[0] >= costs[1] >= costs[2] and costs[0] > costs[2]
 

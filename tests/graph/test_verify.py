@@ -163,7 +163,7 @@ def test_a_second_exponential_on_a_path_is_an_unknown_function_or_undecided(rng)
 
     verdict = verify(twice(False), twice(False), rng)
     assert verdict and verdict.error_bound < 1e-9
-    with pytest.raises(NotInDomain, match="second exp"):  # equal, but only by exp(x/2)^2 = exp(x): powers of a root cannot say
+    with pytest.raises(NotInDomain, match="second exp"):  # equal, but only by exp(x/2)^2 = exp(x)
         verify(twice(False), twice(True), rng)
 
 
@@ -185,13 +185,14 @@ def test_false_accepts_with_unknown_functions_stay_below_their_bound(rng):
     assert (count, degree) == (3, 2)
     done = [_one_trial(left, right, [(0,)], rng, primes, FunctionField) for _ in range(rounds)]
     accepted = sum(bool(d) for d in done)
-    assert 0 < accepted
+    assert accepted > 0
     assert stats.binomtest(accepted, rounds, function_bound(1, count, degree, 23), alternative="greater").pvalue > 1e-3
 
 
 def test_the_counted_applications_cover_every_turn_of_every_block():
     count, degree = applications(attention_kernel(loop=4))
-    assert count == 2 * 8 * 16 and degree == 4  # one exp per query and key of two heads; q*k has degree 2, a difference of two: 4
+    # one exp per query and key of two heads; q*k has degree 2, the difference of two such 4
+    assert count == 2 * 8 * 16 and degree == 4
     count, _ = applications(norm_kernel(tokens=4, grid=3))
     assert count == 3 * 4  # every block takes every row's root
 

@@ -154,7 +154,9 @@ def register(
         except TypeError as error:
             raise UsageError(f"{operator} cannot be built with {dict(made)}: {error}") from None
         if any(True for _ in module.buffers()):
-            raise UsageError(f"{operator} keeps buffers, which a found program would have built in; it cannot be registered")
+            raise UsageError(
+                f"{operator} keeps buffers, which a found program would have built in; it cannot be registered"
+            )
         case, program = _search(module, [torch.randn(s) for s in inputs], settings)
         cases.append(case)
         if program is not None:

@@ -94,7 +94,10 @@ class Executable:
     """`program` over float32 CPU tensors; call with the non-constant inputs in order. Registered steps (`kinds`) replace torch operators."""
 
     def __init__(
-        self, program: Program, constants: Mapping[str, Tensor] | None = None, layouts: Mapping[int, Layout] | None = None
+        self,
+        program: Program,
+        constants: Mapping[str, Tensor] | None = None,
+        layouts: Mapping[int, Layout] | None = None,
     ):
         """`layouts` of the pruned program's kernels (by position); without them they are chosen here."""
         self.program, constants = program.pruned(), dict(constants or {})

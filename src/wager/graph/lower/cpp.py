@@ -33,7 +33,9 @@ class View:
 
 
 class _Emitter:
-    def __init__(self, block: BlockGraph, arguments: Sequence[Shape], packed: frozenset[int], name: str, layout: Layout):
+    def __init__(
+        self, block: BlockGraph, arguments: Sequence[Shape], packed: frozenset[int], name: str, layout: Layout
+    ):
         self.block, self.arguments, self.name = block, list(arguments), name
         self.layout, self.tiles = layout, Tiles(block, packed, layout)
         self.lines: list[str] = []
@@ -107,7 +109,9 @@ class _Emitter:
             self._product_with_epilogue(i)
         elif node.op in UNARY or node.op in BINARY:
             self._loop(
-                node.shape, self.tiles.order(i), lambda at: f"{self._address(self.views[i], at)} = {self._value(i, at)};"
+                node.shape,
+                self.tiles.order(i),
+                lambda at: f"{self._address(self.views[i], at)} = {self._value(i, at)};",
             )
         else:
             raise UsageError(f"block operator {node.op!r} has no C++ form")
@@ -322,9 +326,7 @@ class _Emitter:
             self.emit(f"if (it == 0) {loop} {place} = 0.0f;")
         self.emit(f"for (long j = 0; j < {shape[dim] // width}; j++) {{")
         self.emit("#pragma omp simd")
-        self.emit(
-            f"    {loop} {{ const float v = {value}; {place} += {'v * v' if node.op == 'accum_rms' else 'v'}; }}"
-        )
+        self.emit(f"    {loop} {{ const float v = {value}; {place} += {'v * v' if node.op == 'accum_rms' else 'v'}; }}")
         self.emit("}")
 
     def _root(self, i: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from wager.errors import WagerError
 from wager.graph.lower.code import inner_last, panel_width
-from wager.graph.lower.cpp import Layout, reading_order, row_major
+from wager.graph.lower.cpp import Layout, row_major
 from wager.graph.lower.peel import peel
 from wager.graph.lower.tiles import Order, Tiles, product_form
 from wager.graph.operators import BINARY, UNARY, Shape
@@ -264,7 +264,7 @@ def _element_tables(
             lambda a, t, s=shape: size * _per_element(s, a.inner, rank - 1 if along_last else t.inner, rank),
         )
     lanes = panel_width() // 2
-    own = lambda c: size * (1 / lanes if not along_last or c.inner == rank - 1 else STRIDED)  # noqa: E731
+    own = lambda c: size * (1 / lanes if not along_last or c.inner == rank - 1 else STRIDED)
     problem.table([target], own)
 
 
@@ -349,9 +349,7 @@ def read(
         inner = [inner[tiles.home(i)] for i in range(len(block.nodes))]
         results = tuple(picked[("tensor", r)].order for r in _results(program, position))
         moved = frozenset(a for a, c in enumerate(tensors) if c.moved)
-        found[position] = Layout(
-            tuple(c.order for c in tensors), results, tuple(inner), frozenset(copied), moved
-        )
+        found[position] = Layout(tuple(c.order for c in tensors), results, tuple(inner), frozenset(copied), moved)
     return found
 
 

@@ -132,8 +132,7 @@ class Tiles:
         return [
             i
             for i, n in enumerate(self.block.nodes)
-            if i in self.layout.copied
-            or (n.op not in ("input", "output") and not self.inline[i] and self.home(i) == i)
+            if i in self.layout.copied or (n.op not in ("input", "output") and not self.inline[i] and self.home(i) == i)
         ]
 
     def once(self, i: int) -> bool:
@@ -171,7 +170,9 @@ class Tiles:
         if node.op not in UNARY and node.op not in BINARY:
             return None
         alike = [
-            j for j in node.inputs if j in self.stored and self.block.nodes[j].shape == node.shape and inner[i] == inner[j]
+            j
+            for j in node.inputs
+            if j in self.stored and self.block.nodes[j].shape == node.shape and inner[i] == inner[j]
         ]
         for j in alike:
             kept = self.block.nodes[j].op.startswith("accum") or self.block.after[i] != self.block.after[j]

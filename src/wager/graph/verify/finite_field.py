@@ -117,9 +117,7 @@ def verify(
     if not verdict:
         return verdict
     orders = [verdict.order]
-    if full_size and on_twin and not _one_trial(
-        reference, candidate, orders, rng, field_primes(), FiniteField
-    ):
+    if full_size and on_twin and not _one_trial(reference, candidate, orders, rng, field_primes(), FiniteField):
         return Verdict(False, "outputs differ at full size", trials=verdict.trials)
     return verdict
 
