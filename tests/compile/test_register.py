@@ -10,7 +10,7 @@ import torch
 from wager.compile.cli import parse_recipe
 from wager.compile.mirage.generate import Limits
 from wager.compile.prism import search as symbolic
-from wager.compile.register import candidate_source, register
+from wager.compile.register import candidate_source, register, scalars
 from wager.errors import UsageError
 from wager.graph.program import to_json
 from wager.graph.trace import trace
@@ -31,7 +31,8 @@ def source() -> str:
     families = symbolic.search(traced.program, Limits(max_block_ops=11, budget_s=3600)).families
     program = symbolic.members(families, traced.program, 1)[0]
     assert program.kernels
-    return candidate_source("RMSNorm", {f"4x{WIDTH};{WIDTH}": to_json(program)}, 2)
+    entry = {"shapes": [(4, WIDTH), (WIDTH,)], "settings": scalars(plain), "program": to_json(program)}
+    return candidate_source("RMSNorm", [entry], 2)
 
 
 def test_a_found_program_serves_its_shape_and_the_plain_form_all_others(source, monkeypatch):
@@ -40,13 +41,16 @@ def test_a_found_program_serves_its_shape_and_the_plain_form_all_others(source, 
     ours, plain = module.RMSNorm(WIDTH), operators.RMSNorm(WIDTH)
     ours.load_state_dict(plain.state_dict())
     served = []
-    found = module._found
-    monkeypatch.setattr(module, "_found", lambda key: served.append(key) or found(key))
+    found = module._compiled
+    monkeypatch.setattr(module, "_compiled", lambda key: served.append(key[0]) or found(key))
     with torch.no_grad():
         for rows in (4, 5):
             x = torch.randn(rows, WIDTH)
             torch.testing.assert_close(ours(x), plain(x), atol=1e-5, rtol=1e-5)
-        assert served == [f"4x{WIDTH};{WIDTH}"]
+        assert served == [((4, WIDTH), (WIDTH,))]
+        other = module.RMSNorm(WIDTH, eps=1e-2)
+        torch.testing.assert_close(other(x), operators.RMSNorm.forward(other, x))
+        assert len(served) == 1  # another eps is another function
         ours.double()(torch.randn(4, WIDTH).double())
         ours.float()
     x = torch.randn(4, WIDTH, requires_grad=True)

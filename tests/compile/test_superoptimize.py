@@ -212,7 +212,7 @@ def test_what_cannot_be_fused_is_explained():
         ({"search": "magic"}, "magic"),
         ({"time_budget_s": -1}, "time_budget_s"),
         ({"max_kernels": 3}, "max_kernels is 3"),
-        ({"max_kernels": 2, "search": "mirage"}, "2 with prism"),
+        ({"max_kernels": 2, "search": "ollie"}, "2 with prism or mirage"),
         ({"inputs": [torch.ones(2, dtype=torch.int64)]}, "float32"),
     ],
 )

@@ -10,12 +10,13 @@ from scipy import stats
 
 from tests.graph.mutants import mutants
 from wager.graph import published
-from wager.graph.domains import FiniteField, field_primes, is_prime
+from wager.graph.domains import FiniteField, FunctionField, NotInDomain, field_primes, is_prime
 from wager.graph.interpret import random_inputs, run
 from wager.graph.operators import ACCUMULATORS, ShapeError
 from wager.graph.program import BlockBuilder, Builder, Program, from_json, to_json
+from wager.graph.verify.degree import applications
 from wager.graph.verify.family import prove
-from wager.graph.verify.finite_field import trial_bound, verify
+from wager.graph.verify.finite_field import _one_trial, function_bound, trial_bound, verify
 from wager.graph.verify.floating import compare
 from wager.graph.verify.twin import shrink
 
@@ -153,14 +154,47 @@ def test_exponentials_of_equal_sums_agree_and_different_ones_do_not(rng):
     assert not verify(build(False), b.build(b.exp(b.mul(x, y))), rng)
 
 
-def test_second_exponential_on_a_path_is_refused(rng):
-    from wager.graph.domains import NotInDomain
+def test_a_second_exponential_on_a_path_is_an_unknown_function_or_undecided(rng):
+    def twice(halve: bool) -> Program:
+        b = Builder()
+        x = b.input((2,))
+        inner = b.exp(b.scale(x, value=0.5)) if halve else b.exp(x)
+        return b.build(b.exp(b.mul(inner, inner) if halve else inner))
 
-    b = Builder()
-    x = b.input((2,))
-    program = b.build(b.exp(b.exp(x)))
-    with pytest.raises(NotInDomain, match="second exp"):
-        verify(program, program, rng)
+    verdict = verify(twice(False), twice(False), rng)
+    assert verdict and verdict.error_bound < 1e-9
+    with pytest.raises(NotInDomain, match="second exp"):  # equal, but only by exp(x/2)^2 = exp(x)
+        verify(twice(False), twice(True), rng)
+
+
+def test_the_bound_for_attention_means_something(rng):
+    verdict = verify(published.attention(2, 8, 16, 4), attention_kernel(), rng, max_trials=10)
+    assert verdict and verdict.error_bound < 1e-9 and verdict.trials <= 4
+    assert trial_bound(verdict.degree, verdict.exponentials, 2**30 - 35) == 1.0  # what powers of a root would have said
+
+
+def test_false_accepts_with_unknown_functions_stay_below_their_bound(rng):
+    """exp(x) + exp(y) against 2 exp(x): equal where x = y, which is what colliding arguments look like."""
+    a, b = Builder(), Builder()
+    x, y = a.input((1,)), a.input((1,))
+    left = a.build(a.add("add", [a.exp(x), a.exp(y)]))
+    x, y = b.input((1,)), b.input((1,))
+    right = b.build(b.scale(b.exp(x), value=2))
+    primes, rounds = (23, 11), 2000
+    count, degree = applications(left, right)
+    assert (count, degree) == (3, 2)
+    done = [_one_trial(left, right, [(0,)], rng, primes, FunctionField) for _ in range(rounds)]
+    accepted = sum(bool(d) for d in done)
+    assert accepted > 0
+    assert stats.binomtest(accepted, rounds, function_bound(1, count, degree, 23), alternative="greater").pvalue > 1e-3
+
+
+def test_the_counted_applications_cover_every_turn_of_every_block():
+    count, degree = applications(attention_kernel(loop=4))
+    # one exp per query and key of two heads; q*k has degree 2, the difference of two such 4
+    assert count == 2 * 8 * 16 and degree == 4
+    count, _ = applications(norm_kernel(tokens=4, grid=3))
+    assert count == 3 * 4  # every block takes every row's root
 
 
 def test_primes_and_exact_modular_products(rng):

@@ -89,7 +89,7 @@ def compile(
 ) -> Compiled:
     """The fastest verified form found within the budget. Raises UsageError for an unknown search or a function that cannot be imported.
 
-    `max_block_ops` bounds Mirage's and Prism's block graphs; `max_kernels=2` lets Prism also split a sum over blocks of one kernel and merge it
+    `max_block_ops` bounds Mirage's and Prism's block graphs; `max_kernels=2` lets them also split a sum over blocks of one kernel and merge it
     in a second (flash-decoding); `samples` is how many members are compiled and timed; `workers` processes search;
     `state` names a file from which a stopped search goes on; with `cache` an answer found before on this machine is taken from disk (and
     verified and timed again).
@@ -98,8 +98,8 @@ def compile(
         raise UsageError(f"search {search!r} is unknown; use one of {', '.join(SEARCHES)}")
     if time_budget_s <= 0:
         raise UsageError(f"time_budget_s is {time_budget_s}; give a positive number of seconds")
-    if max_kernels not in (1, 2) or (max_kernels == 2 and search not in ("prism", "auto")):
-        raise UsageError(f"max_kernels is {max_kernels} with search {search!r}; use 1, or 2 with prism")
+    if max_kernels not in (1, 2) or (max_kernels == 2 and search == "ollie"):
+        raise UsageError(f"max_kernels is {max_kernels} with search {search!r}; use 1, or 2 with prism or mirage")
     bad = next(
         (x for x in example_inputs if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu"),
         None,

@@ -159,7 +159,9 @@ def show(
 @app.command()
 def register(
     operator: str = typer.Argument(help="An operator that the referee judges, like RMSNorm (wager kernels list)."),
-    shapes: list[str] = typer.Option(..., help="Shapes of the inputs, like 16x768; repeat for more cases."),  # noqa: B008
+    shapes: list[str] = typer.Option(  # noqa: B008
+        [], help="Shapes of the inputs, like 16x768; repeat for more cases; without it those that the referee times."
+    ),
     out: Path = typer.Option(..., help="Write the candidate file here."),  # noqa: B008
     recipe: str = typer.Option("", help="The operator's constructor arguments, like width=768,eps=1e-6."),
     search: str = typer.Option("prism", help="prism or mirage."),
@@ -169,7 +171,7 @@ def register(
     """Write what a search finds for an operator as a kernel that the referee can judge and the engine can run."""
     from wager.compile.register import register as write
 
-    cases = [parse_shapes(s) for s in shapes]
+    cases = [parse_shapes(s) for s in shapes] or None
     with telling() as say:
         done = write(
             operator, cases, out, parse_recipe(recipe), search=search, time_budget_s=budget, max_block_ops=max_block_ops,

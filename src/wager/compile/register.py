@@ -23,6 +23,8 @@ from wager.errors import UsageError
 from wager.graph.operators import Shape
 from wager.graph.program import to_json
 from wager.kernels.referee import operators as judged
+from wager.kernels.referee.architectures import architectures
+from wager.kernels.referee.capture import capture, select
 
 HEAD = '''"""{name}, found by wager.compile for {count} of {cases} shapes; everything else runs in plain torch."""
 
@@ -39,12 +41,19 @@ from wager.graph.program import from_json
 
 Operator = nn.Module
 PROGRAMS = json.loads({programs!r})
-SHAPES = {{tuple(tuple(map(int, s.split("x"))) for s in key.split(";")): key for key in PROGRAMS}}
+"""Each program with the shapes of inputs and parameters and the settings (like eps) that it was found for."""
+
+
+def _key(shapes, settings):
+    return tuple(map(tuple, shapes)), tuple(sorted(settings.items()))
+
+
+FOUND = {{_key(entry["shapes"], entry["settings"]): entry["program"] for entry in PROGRAMS}}
 
 
 @functools.cache
-def _found(key):
-    return Executable(from_json(PROGRAMS[key]))
+def _compiled(key):
+    return Executable(from_json(FOUND[key]))
 
 
 '''
@@ -55,12 +64,30 @@ class _Plain({name}):
 
 
 class {name}(_Plain):
+    def _serve(self, inputs):
+        places = [(m._parameters, n) for m in self.modules() for n in m._parameters]
+        tensors = (*inputs, *[held[n] for held, n in places])
+        settings = {{k: v for k, v in vars(self).items() if k != "training" and isinstance(v, (bool, int, float, str))}}
+        key = _key([x.shape for x in tensors], settings)
+        fits = all(x.dtype is torch.float32 and x.is_cpu for x in tensors)
+        return (_compiled(key), places) if fits and key in FOUND else None
+
     def forward(self, *inputs):
-        tensors = (*inputs, *self.parameters())
-        key = SHAPES.get(tuple(x.shape for x in tensors))
-        if key is None or torch.is_grad_enabled() or any(x.dtype != torch.float32 or x.device.type != "cpu" for x in tensors):
+        if torch.is_grad_enabled():
             return super().forward(*inputs)
-        return _found(key)(*tensors)[0]
+        first = inputs[0]
+        served = self.__dict__.setdefault("_served", {{}})
+        at = (*[x.shape for x in inputs], first.dtype, first.device)
+        if at not in served:
+            served[at] = self._serve(inputs)
+        if served[at] is None:
+            return super().forward(*inputs)
+        run, places = served[at]
+        return run(*inputs, *[held[n] for held, n in places])[0]
+
+    def _apply(self, *args, **kwargs):
+        self.__dict__.pop("_served", None)  # moved or converted: the parameters may be of another type now
+        return super()._apply(*args, **kwargs)
 """
 
 
@@ -102,14 +129,15 @@ def _text(shape: Shape) -> str:
 
 def register(
     operator: str,
-    shapes: Sequence[Sequence[Shape]],
+    shapes: Sequence[Sequence[Shape]] | None,
     path: str | Path,
     recipe: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Registration:
     """Search a judged operator at each of `shapes` (a list of input shapes each) and write the candidate file.
 
-    `recipe`: the operator's constructor arguments; `settings` go to `wager.compile`. Raises UsageError for an operator that is not judged, a
+    `recipe`: the operator's constructor arguments; without `shapes` the cases that the referee times are taken, each with its own recipe.
+    `settings` go to `wager.compile`. Raises UsageError for an operator that is not judged, a
     constructor that refuses the recipe, or when the search found nothing for any shape (the reasons are in the message).
     """
     cls = getattr(judged, operator, None)
@@ -118,17 +146,22 @@ def register(
             sorted(n for n, c in vars(judged).items() if inspect.isclass(c) and issubclass(c, judged.Operator))
         )
         raise UsageError(f"operator {operator!r} is not judged; known: {known.replace('Operator, ', '')}")
-    try:
-        module = cls(**(recipe or {})).eval().requires_grad_(False)
-    except TypeError as error:
-        raise UsageError(f"{operator} cannot be built with {dict(recipe or {})}: {error}") from None
-    programs: dict[str, str] = {}
+    programs: list[dict[str, Any]] = []
     cases = []
-    for inputs in shapes:
+    for made, inputs in _wanted(operator, recipe or {}) if shapes is None else [(recipe or {}, s) for s in shapes]:
+        try:
+            module = cls(**made).eval().requires_grad_(False)
+        except TypeError as error:
+            raise UsageError(f"{operator} cannot be built with {dict(made)}: {error}") from None
+        if any(True for _ in module.buffers()):
+            raise UsageError(
+                f"{operator} keeps buffers, which a found program would have built in; it cannot be registered"
+            )
         case, program = _search(module, [torch.randn(s) for s in inputs], settings)
         cases.append(case)
         if program is not None:
-            programs[";".join(map(_text, case.shapes))] = program
+            entry = {"shapes": case.shapes, "settings": scalars(module), "program": program}
+            programs += [entry] if entry not in programs else []
     if not programs:
         reasons = "; ".join(dict.fromkeys(c.reason for c in cases))
         raise UsageError(f"nothing to register for {operator}: {reasons}")
@@ -137,6 +170,21 @@ def register(
     temporary.write_text(candidate_source(operator, programs, len(cases)))
     temporary.replace(path)
     return Registration(operator, path, tuple(cases))
+
+
+def _wanted(operator: str, recipe: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[Shape]]]:
+    """The calls that the referee times: constructor arguments (some replaced by `recipe`) and input shapes."""
+    made = [c for a in architectures().values() for c in capture(a)]
+    timed, _ = select(made, operator)
+    found = [({**c.init, **recipe}, [s.shape for s in c.inputs if s is not None]) for c in timed]
+    if not found:
+        raise UsageError(f"no architecture of the referee calls {operator}; give --shapes")
+    return found
+
+
+def scalars(module: nn.Module) -> dict[str, Any]:
+    """The settings that a program has built in: what else decides what the module computes, besides its parameters."""
+    return {k: v for k, v in vars(module).items() if k != "training" and isinstance(v, bool | int | float | str)}
 
 
 def _search(module: nn.Module, inputs: list[Tensor], settings: Mapping[str, Any]) -> tuple[Case, str | None]:
@@ -158,8 +206,8 @@ def _search(module: nn.Module, inputs: list[Tensor], settings: Mapping[str, Any]
     return case, None if report.used == "original" else to_json(done.program)
 
 
-def candidate_source(operator: str, programs: Mapping[str, str], cases: int) -> str:
-    """The file's text. `programs`: saved programs by the shapes of inputs and parameters, like "4x64;64"."""
+def candidate_source(operator: str, programs: Sequence[Mapping[str, Any]], cases: int) -> str:
+    """The file's text. `programs`: saved programs, each with the `shapes` of inputs and parameters and the module's `settings`."""
     plain = textwrap.dedent(inspect.getsource(getattr(judged, operator)))
     head = HEAD.format(name=operator, count=len(programs), cases=cases, programs=json.dumps(programs))
     return head + plain + TAIL.format(name=operator)

@@ -263,6 +263,13 @@ class FiniteField:
         raise NotInDomain("a maximum over a dimension cannot be checked in a finite field; use the float64 check")
 
 
+class FunctionField(FiniteField):
+    """The same with exp as one more function about which nothing is known: a random one, so that it may occur twice on a path."""
+
+    def _exp(self, x: Pair) -> Pair:
+        return self._uninterpreted("exp", x)
+
+
 def _modular_matmul(a: Array, b: Array, modulus: int) -> Array:
     """Exact: for small moduli every partial sum stays below 2**53, so float64 BLAS does integer arithmetic."""
     step = 2**53 // (modulus * modulus)

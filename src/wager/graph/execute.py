@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wager.errors import UsageError
+from wager.graph.lower import layout
 from wager.graph.lower.library import NativeKernel
+from wager.graph.lower.tiles import Layout
 from wager.graph.program import Node, Program
 
 UNARY: dict[str, Callable[..., Tensor]] = {
@@ -91,8 +93,15 @@ def _convolution(attrs: Mapping[str, Any]) -> Callable[..., Tensor]:
 class Executable:
     """`program` over float32 CPU tensors; call with the non-constant inputs in order. Registered steps (`kinds`) replace torch operators."""
 
-    def __init__(self, program: Program, constants: Mapping[str, Tensor] | None = None):
+    def __init__(
+        self,
+        program: Program,
+        constants: Mapping[str, Tensor] | None = None,
+        layouts: Mapping[int, Layout] | None = None,
+    ):
+        """`layouts` of the pruned program's kernels (by position); without them they are chosen here."""
         self.program, constants = program.pruned(), dict(constants or {})
+        self.layouts = choose_layouts(self.program, constants) if layouts is None else dict(layouts)
         nodes = self.program.nodes
         known: dict[int, Tensor] = {}
         self.steps: list[tuple[int, Callable[..., Any], tuple[int, ...]]] = []
@@ -119,17 +128,27 @@ class Executable:
         for i, value in known.items():
             self.values[i] = value
         self.last_use = self._last_uses()
+        self.shapes = [self.program.nodes[i].shape for i in self.slots]
+        self.alone = self._alone()
 
     def _kernel(self, i: int, node: Node, known: Mapping[int, Tensor]) -> None:
         shapes = [self.program.nodes[j].shape for j in node.inputs]
         constant = [a for a, j in enumerate(node.inputs) if j in known]
-        kernel = NativeKernel(node, shapes, constant)
-        bound = {a: kernel.pack(a, known[node.inputs[a]].float()) for a in constant}
+        kernel = NativeKernel(node, shapes, constant, self.layouts.get(i))
+        for a in constant:
+            kernel.bind(a, known[node.inputs[a]].float())
+        self.steps.append((i, kernel, tuple(j for j in node.inputs if j not in known)))
 
-        def run(*args: Tensor) -> list[Tensor]:
-            return kernel(*(bound.get(a, x) for a, x in enumerate(args)))
-
-        self.steps.append((i, run, node.inputs))
+    def _alone(self) -> NativeKernel | None:
+        """The kernel, when the program is nothing else: its inputs and results are the program's."""
+        nodes = self.program.nodes
+        kernels = [(i, run, inputs) for i, run, inputs in self.steps if isinstance(run, NativeKernel)]
+        if len(kernels) != 1 or any(nodes[i].op not in ("kernel", "result") for i, _, _ in self.steps):
+            return None
+        position, kernel, inputs = kernels[0]
+        outputs = [nodes[o]["index"] for o in self.program.outputs if nodes[o].inputs == (position,)]
+        whole = outputs == list(range(len(kernel.output_shapes))) and len(outputs) == len(self.program.outputs)
+        return kernel if whole and list(inputs) == self.slots else None
 
     def _last_uses(self) -> list[list[int]]:
         """Per step, the values that no later step reads: their memory is returned at once."""
@@ -147,19 +166,35 @@ class Executable:
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         if len(inputs) != len(self.slots):
             raise UsageError(f"the program takes {len(self.slots)} inputs, got {len(inputs)}")
+        for slot, x, expected in zip(self.slots, inputs, self.shapes, strict=True):
+            if x.shape != expected:
+                name = self.program.nodes[slot]["name"]
+                raise UsageError(f"input {name!r} has shape {tuple(x.shape)}, compiled for {expected}")
+        if self.alone is not None:
+            return self.alone(*inputs)
         values = self.values.copy()
         for slot, x in zip(self.slots, inputs, strict=True):
-            if tuple(x.shape) != self.program.nodes[slot].shape:
-                expected = self.program.nodes[slot].shape
-                raise UsageError(
-                    f"input {self.program.nodes[slot]['name']!r} has shape {tuple(x.shape)}, compiled for {expected}"
-                )
             values[slot] = x
         for (i, run, args), dead in zip(self.steps, self.last_use, strict=True):
             values[i] = run(*[values[j] for j in args])
             for j in dead:
                 values[j] = None
         return [values[i] for i in self.program.outputs]
+
+
+def choose_layouts(program: Program, constants: Mapping[str, Tensor]) -> dict[int, Layout]:
+    """The layouts of a pruned program's kernels (empty for a program without kernels)."""
+    return layout.choose(program, known_values(program, constants)) if program.kernels else {}
+
+
+def known_values(program: Program, constants: Mapping[str, Tensor]) -> set[int]:
+    """Positions of values that depend on constants alone (results of kernels are computed at every call)."""
+    known: set[int] = set()
+    for i, node in enumerate(program.nodes):
+        given = node["name"] in constants if node.op == "input" else node.op not in ("kernel", "result")
+        if given and all(j in known for j in node.inputs):
+            known.add(i)
+    return known
 
 
 def _picker(index: int) -> Callable[[list[Tensor]], Tensor]:

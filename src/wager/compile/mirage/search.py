@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from wager.compile.mirage.abstract import Algebra, of_program
 from wager.compile.mirage.enumerate import Enumerator
 from wager.compile.mirage.generate import Limits, Progress, Structure, menu
 from wager.compile.mirage.lookup import pruner
+from wager.compile.mirage.pairs import pairs, splitting
 from wager.compile.mirage.regions import grid_maps
 from wager.compile.prism.family import ARENA_LIMIT, GRID_SIZES, LOOP_SIZES
 from wager.compile.prism.mapping import choices
@@ -59,7 +60,7 @@ def search(
     workers: int = 1,
     state: str | Path | None = None,
 ) -> Found:
-    """Verified single-kernel programs for the sizes in `grids` and `loops`, until the budget ends.
+    """Verified programs for the sizes in `grids` and `loops`, until the budget ends: of one kernel, with `max_kernels` 2 then of two.
 
     `regions` skips maps with which no block could compute its part (without it the search is the published one).
     `state`: a file that keeps what is finished; a search that was stopped goes on from it. The result does not depend on `workers`.
@@ -69,8 +70,11 @@ def search(
     start = time.perf_counter()
     settings = [vars(limits) | {"budget_s": 0}, list(grids), list(loops), least_blocks, regions, trials, seed]
     journal = Journal(state, fingerprint("mirage", to_json(program), settings))
-    units = batched(plans(program, grids, loops, least_blocks, regions), UNIT_PLANS)
-    work = Explorer(to_json(program), limits, trials, seed, time.time() + limits.budget_s)
+    units = chain(
+        ((False, batch) for batch in batched(plans(program, grids, loops, least_blocks, regions), UNIT_PLANS)),
+        ((True, batch) for batch in batched(_openings(program, limits, grids, loops, least_blocks), UNIT_PLANS)),
+    )
+    work = Explorer(to_json(program), limits, trials, seed, time.time() + limits.budget_s, tuple(grids), least_blocks)
     before = dict(vars(progress))
     totals = {name: 0 for name in ("states", "pruned", "structures", "mappings", "verified")}
     for _, _, result in run(units, work, journal, lambda: progress.look(limits), workers):
@@ -85,6 +89,14 @@ def search(
     return found
 
 
+def _openings(
+    program: Program, limits: Limits, grids: Sequence[int], loops: Sequence[int], least_blocks: int
+) -> Iterator[Plan]:
+    """Plans of a first of two kernels."""
+    if limits.max_kernels > 1:
+        yield from splitting(plans(program, grids, loops, least_blocks, regions=False), program)
+
+
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     items = iter(items)
     while batch := list(islice(items, size)):
@@ -94,8 +106,17 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 class Explorer:
     """Searches a batch of plans; travels to worker processes. What it learns about expressions stays with it from batch to batch."""
 
-    def __init__(self, program: str, limits: Limits, trials: int, seed: int, deadline: float):
-        self.settings = (program, limits, trials, seed, deadline)
+    def __init__(
+        self,
+        program: str,
+        limits: Limits,
+        trials: int,
+        seed: int,
+        deadline: float,
+        grids: tuple[int, ...] = GRID_SIZES,
+        least_blocks: int = 1,
+    ):
+        self.settings = (program, limits, trials, seed, deadline, grids, least_blocks)
         self.enumerator: Enumerator | None = None
 
     def __reduce__(self) -> Any:
@@ -110,17 +131,20 @@ class Explorer:
         self.inputs = [values[i] for i in self.program.input_positions]
         targets = pruner(algebra, self.program, [self.target], limits, tiled=True)
         self.enumerator = Enumerator(algebra, targets, menu(self.program), limits)
+        self.second = Enumerator(algebra, targets, menu(self.program, width=self.shape[-1]), limits)
 
-    def __call__(self, batch: Sequence[Plan]) -> dict[str, Any] | None:
-        """What was found and counted; None when the deadline came first."""
+    def __call__(self, unit: tuple[bool, Sequence[Plan]]) -> dict[str, Any] | None:
+        """What was found and counted in a batch of plans (of one kernel, or of the first of two); None when the deadline came first."""
         if self.enumerator is None:
             self._prepare()
-        _, limits, trials, seed, deadline = self.settings
+        paired, batch = unit
+        _, limits, trials, seed, deadline, *_ = self.settings
         progress = Progress()
         limits = replace(limits, budget_s=max(0.0, deadline - time.time()))
         result: dict[str, Any] = {"programs": [], "verification_s": 0.0}
+        step = self._pairs if paired else self._plan
         for plan in batch:
-            self._plan(plan, limits, progress, result, trials, np.random.default_rng([seed, progress.mappings]))
+            step(plan, limits, progress, result, trials, np.random.default_rng([seed, progress.mappings]))
             if progress.limit.startswith("time"):
                 return None
         names = ("states", "pruned", "structures", "mappings", "verified")
@@ -147,6 +171,24 @@ class Explorer:
                     progress.verified += 1
                     result["programs"].append(to_json(candidate))
                 result["verification_s"] += time.perf_counter() - tick
+
+    def _pairs(
+        self, plan: Plan, limits: Limits, progress: Progress, result: dict, trials: int, rng: np.random.Generator
+    ) -> None:
+        """Two kernels, the first by this plan."""
+        assert self.enumerator is not None
+        self.enumerator.limits = self.second.limits = limits
+        *_, grids, least_blocks = self.settings
+        progress.mappings += 1
+        found = pairs(
+            plan, self.program, self.target, self.inputs, self.enumerator, self.second, grids, least_blocks, progress
+        )  # fmt: skip
+        for candidate in found:
+            tick = time.perf_counter()
+            if verify(self.program, candidate, rng, max_trials=trials, target=0.0):
+                progress.verified += 1
+                result["programs"].append(to_json(candidate))
+            result["verification_s"] += time.perf_counter() - tick
 
 
 def plans(

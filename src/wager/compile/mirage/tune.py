@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wager.errors import WagerError
-from wager.graph.execute import Executable
+from wager.graph.execute import Executable, known_values
+from wager.graph.lower.layout import choose
+from wager.graph.lower.library import generate, prepare
+from wager.graph.lower.tiles import Layout
 from wager.graph.program import Program
 from wager.graph.timer import quick_time
 
@@ -55,9 +57,27 @@ class Timed:
     run: Callable[..., list[Tensor]]
 
 
-def _runner(program: Program, constants: Mapping[str, Tensor]) -> Executable | None:
+Planned = tuple[Program, list[str], dict[int, Layout]]
+
+
+def _planned(program: Program, constants: Mapping[str, Tensor]) -> Planned | None:
+    """The pruned program, its kernels' C++ text, and their layouts; None when a kernel has no C++ form."""
+    program = program.pruned()
+    known, texts = known_values(program, constants), []
     try:
-        return Executable(program, constants)
+        layouts = choose(program, known)
+        for i, node in enumerate(program.nodes):
+            if node.block is not None:
+                held = [a for a, j in enumerate(node.inputs) if j in known]
+                texts.append(generate(node, [program.nodes[j].shape for j in node.inputs], held, layouts[i]).text)
+    except WagerError:
+        return None
+    return program, texts, layouts
+
+
+def _runner(plan: Planned, constants: Mapping[str, Tensor]) -> Executable | None:
+    try:
+        return Executable(plan[0], constants, plan[2])
     except WagerError:
         return None
 
@@ -73,8 +93,9 @@ def race(
     """The best `samples` by bound, compiled and timed; fastest first. Programs that do not compile are skipped."""
     threads = torch.get_num_threads()
     ranked = sorted(programs, key=lambda p: bound_s(p, threads))[:samples]
-    with ThreadPoolExecutor(max_workers=threads) as pool:  # the system compiler works outside this process
-        runners = list(pool.map(lambda p: _runner(p, constants), ranked))
+    plans = [_planned(p, constants) for p in ranked]
+    prepare([text for plan in plans if plan is not None for text in plan[1]])
+    runners = [None if plan is None else _runner(plan, constants) for plan in plans]
     alive = [Timed(p, math.inf, r) for p, r in zip(ranked, runners, strict=True) if r is not None]
     rounds = 3
     while alive:

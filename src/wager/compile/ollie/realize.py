@@ -33,6 +33,16 @@ class Step:
     inputs: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Profiled:
+    """What a step costs."""
+
+    name: str
+    kind: str
+    seconds: float
+    bytes_moved: int
+
+
 class Plan:
     """A derived expression, compiled. Call with the non-constant input tensors by name; the result has the expression's shape."""
 
@@ -93,6 +103,17 @@ class Plan:
         for step in self.steps:
             values[step.name] = step.run(*(values[i] for i in step.inputs))
         return values[self.output]
+
+    def profile(self, inputs: Mapping[str, Tensor], rounds: int = 15) -> list[Profiled]:
+        """Every step with its time, and the bytes that it has to read and write at least."""
+        values, found = {**self.known, **inputs}, []
+        for step in self.steps:
+            args = [values[i] for i in step.inputs]
+            values[step.name] = step.run(*args)
+            moved = sum(t.numel() * t.element_size() for t in (*args, values[step.name]))
+            seconds = quick_time(lambda step=step, args=args: step.run(*args), rounds=rounds)
+            found.append(Profiled(step.name, step.kind, seconds, moved))
+        return found
 
     @property
     def description(self) -> list[str]:
@@ -177,5 +198,5 @@ def _tiles(m: int, b_KN: Tensor, rows: int, columns: int) -> Callable[[Tensor], 
     x, w = build.input(0, (-1, 0, -1)), build.input(1, (1, -1, -1))
     build.output(build.accum(build.matmul(x, w)), (1, 0, -1))
     kernel = NativeKernel(Node("kernel", (0, 1), (), (), build.build()), [(m, k), (k, n)], [1])
-    packed = kernel.pack(1, b_KN)
-    return lambda x: kernel(x, packed)[0]
+    kernel.bind(1, b_KN)
+    return lambda x: kernel(x)[0]

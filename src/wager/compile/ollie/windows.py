@@ -19,7 +19,7 @@ from wager.compile.ollie import rules
 from wager.compile.ollie.match import operands
 from wager.graph.expression import Loop, Read, Routine, Scope, Tensor
 from wager.graph.index import it
-from wager.graph.lower.cpp import strides
+from wager.graph.lower.code import strides
 from wager.graph.lower.windows import MAX_TAPS, Filter, Group, Lattice, Table
 
 MAX_PHASES = 64

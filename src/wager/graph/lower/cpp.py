@@ -1,75 +1,27 @@
 """A block graph as C++: one parallel region, one task per block, tiles in a per-thread arena.
 
 Levels map so: kernel = one `omp parallel for` over the grid; block = one task on one core with an arena that should fit its second-level
-cache; thread graph = one vectorised loop nest. Thread graphs are built by rule: an elementwise operator with one elementwise consumer of
-its shape is computed inside that consumer's loop; a matmul whose only consumer is its accumulator adds into the accumulator directly.
-Inputs marked as packed arrive as contiguous tiles (weights are laid out once at compile time), others are read in place by strides.
+cache; thread graph = one vectorised loop nest (see tiles.py). Inputs marked as packed arrive as contiguous tiles (weights are laid out once at
+compile time), others are read in place by strides or copied into the arena, as the layout says (see layout.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from wager.errors import UsageError
-from wager.graph.lower.memory import Lifetime, plan
+from wager.graph.lower.code import BINARY_CODE, number, ordered_strides, panel_width, unary_code
+from wager.graph.lower.tiles import Layout, Tiles, product_form, row_major, vector_operations
 from wager.graph.operators import BINARY, UNARY, Shape
 from wager.graph.program import BlockGraph, Node
-from wager.native import build
 
-RUNTIME = Path(__file__).with_name("runtime.h")
-UNARY_CODE = {
-    "exp": "wg_exp({x})",
-    "sqrt": "__builtin_sqrtf({x})",
-    "square": "({x}) * ({x})",
-    "silu": "wg_silu({x})",
-    "gelu": "wg_gelu({x})",
-    "gelu_tanh": "wg_gelu_tanh({x})",
-    "relu": "wg_relu({x})",
-    "sigmoid": "wg_sigmoid({x})",
-    "tanh": "wg_tanh({x})",
-    "neg": "-({x})",
-    "scale": "({x}) * {value}f",
-    "shift": "({x}) + {value}f",
-    "clamp": "__builtin_fminf(__builtin_fmaxf({x}, {low}f), {high}f)",
-    "leaky_relu": "(({x}) >= 0 ? ({x}) : ({x}) * {slope}f)",
-    "rsqrt": "1.0f / __builtin_sqrtf({x})",
-    "reciprocal": "1.0f / ({x})",
-    "log": "__builtin_logf({x})",
-    "abs": "__builtin_fabsf({x})",
-    "sin": "__builtin_sinf({x})",
-    "cos": "__builtin_cosf({x})",
-}
-BINARY_CODE = {
-    "add": "({a}) + ({b})",
-    "sub": "({a}) - ({b})",
-    "mul": "({a}) * ({b})",
-    "div": "({a}) / ({b})",
-    "maximum": "__builtin_fmaxf({a}, {b})",
-}
-
-
-def number(value: float) -> str:
-    """A C++ float literal body that reads back exactly (the `f` suffix is added by the caller)."""
-    text = repr(float(value))
-    return text if "e" in text or "." in text else text + ".0"
-
-
-def unary_code(op: str, x: str, attrs: dict) -> str:
-    if op not in UNARY_CODE:
-        raise UsageError(f"operator {op!r} has no C++ form")
-    return "(" + UNARY_CODE[op].format(x=x, **{k: number(v) for k, v in attrs.items()}) + ")"
-
-
-def strides(shape: Sequence[int]) -> list[int]:
-    """Row-major."""
-    out = [1] * len(shape)
-    for d in range(len(shape) - 2, -1, -1):
-        out[d] = out[d + 1] * shape[d + 1]
-    return out
+HEADERS = Path(__file__).parent
+LINE = 16  # floats of a cache line
+WORTH_WAKING = 60_000  # vector operations: about 20 microseconds of one core
+FAR_BYTES = 4096  # rows this long are foreseen by the processor
 
 
 @dataclass(frozen=True)
@@ -80,121 +32,37 @@ class View:
     strides: tuple[int, ...]
 
 
-@dataclass
 class _Emitter:
-    block: BlockGraph
-    arguments: list[Shape]
-    packed: frozenset[int]
-    name: str
-    lines: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        nodes = self.block.nodes
-        self.consumers: list[list[int]] = [[] for _ in nodes]
-        for i, node in enumerate(nodes):
-            for j in node.inputs:
-                self.consumers[j].append(i)
-        self.inline = [self._is_inline(i) for i in range(len(nodes))]
+    def __init__(
+        self, block: BlockGraph, arguments: Sequence[Shape], packed: frozenset[int], name: str, layout: Layout
+    ):
+        self.block, self.arguments, self.name = block, list(arguments), name
+        self.layout, self.tiles = layout, Tiles(block, packed, layout)
+        self.lines: list[str] = []
+        self.types: list[str] = []
         self.views: dict[int, View] = {}
-        self.indent = 1
-
-    def _is_inline(self, i: int) -> bool:
-        """Elementwise, and its one consumer loops over the same shape: it never needs storage."""
-        node, users = self.block.nodes[i], self.consumers[i]
-        if node.op not in UNARY and node.op not in BINARY:
-            return False
-        if len(users) != 1:
-            return False
-        user = self.block.nodes[users[0]]
-        if user.op in UNARY or user.op in BINARY:
-            return user.shape == node.shape
-        return user.op in ("accum", "accum_sum", "accum_rms", "output")
-
-    def panel(self, i: int) -> bool:
-        """A packed tile that only a matmul reads, as its right side: it arrives as panels of two vectors of columns."""
-        node, users = self.block.nodes[i], self.consumers[i]
-        if node.op != "input" or node["arg"] not in self.packed or len(users) != 1 or len(node.shape) != 2:
-            return False
-        user = self.block.nodes[users[0]]
-        return user.op == "matmul" and user.inputs[1] == i != user.inputs[0] and node.shape[-1] % panel_width() == 0
-
-    def direct(self, i: int) -> int | None:
-        """The accumulator that matmul `i` may add into."""
-        users = self.consumers[i]
-        if self.block.nodes[i].op == "matmul" and len(users) == 1 and self.block.nodes[users[0]].op == "accum":
-            return users[0]
-        return None
+        self.indent = 2
 
     def emit(self, line: str) -> None:
         self.lines.append("    " * self.indent + line)
 
-    def stored(self) -> list[int]:
-        """Nodes with a place in the arena."""
-        return [
-            i
-            for i, n in enumerate(self.block.nodes)
-            if n.op not in ("input", "output") and not self.inline[i] and self.direct(i) is None
-        ]
-
-    def arena(self) -> int:
-        """Assigns offsets; returns the arena's size in floats."""
-        stored, last = self.stored(), len(self.block.nodes)
-        loop_end = max((i for i, n in enumerate(self.block.nodes) if not self.block.after[i]), default=0)
-        loop_end = max([loop_end, *(i for i, n in enumerate(self.block.nodes) if n.op.startswith("accum"))])
-        homes: dict[int, int] = {}  # where an elementwise result replaces an operand that nothing reads any more
-        lifetimes: dict[int, Lifetime] = {}
-        for i in stored:
-            end = max([i, *(self._real_uses(i))])
-            accumulates = self.block.nodes[i].op.startswith("accum")
-            size, start = 4 * math.prod(self.block.nodes[i].shape), 0 if accumulates else i
-            end = max(end, loop_end) if accumulates else end
-            old = self._replaceable(i, stored)
-            homes[i] = homes[old] if old is not None else i
-            if old is not None:
-                lifetimes[homes[i]] = Lifetime(size, lifetimes[homes[i]].start, end)
-            else:
-                lifetimes[i] = Lifetime(size, start, end)
-        offsets, peak = plan(list(lifetimes.values())) if lifetimes else ([], 0)
-        place = dict(zip(lifetimes, offsets, strict=True))
-        for i in stored:
-            self.emit(f"float* t{i} = arena + {place[homes[i]] // 4};")
-            self.views[i] = View(f"t{i}", tuple(strides(self.block.nodes[i].shape)))
-        self.last = last
-        return peak // 4
-
-    def _replaceable(self, i: int, stored: Sequence[int]) -> int | None:
-        """A stored operand of the same shape that elementwise node `i` reads last: each element is read, then written."""
-        node = self.block.nodes[i]
-        if node.op not in UNARY and node.op not in BINARY:
-            return None
-        alike = [j for j in node.inputs if j in stored and self.block.nodes[j].shape == node.shape]
-        for j in alike:
-            kept = self.block.nodes[j].op.startswith("accum") or self.block.after[i] != self.block.after[j]
-            if not kept and max(self._real_uses(j)) == i:
-                return j
-        return None
-
-    def _real_uses(self, i: int) -> list[int]:
-        uses = []
-        for user in self.consumers[i]:
-            uses.append(user)
-            if self.inline[user] or self.direct(user) is not None:
-                uses += self._real_uses(user)
-        return uses
-
     def source(self) -> str:
-        block, nodes = self.block, self.block.nodes
-        self.indent = 2
-        arena = self.arena()
-        head, self.lines = self.lines, []
+        block, nodes, tiles = self.block, self.block.nodes, self.tiles
+        places, arena = tiles.places()
+        for i, at in places.items():
+            self.emit(f"float* t{i} = arena + {at};")
+            self.views[i] = View(f"t{i}", ordered_strides(nodes[i].shape, tiles.order(i)))
         for i, node in enumerate(nodes):
             if node.op == "output":
                 self._bind_output(i)
+            elif tiles.once(i):
+                self._input(i)
         looped = [i for i in range(len(nodes)) if not block.after[i] or nodes[i].op.startswith("accum")]
         self.emit(f"for (long it = 0; it < {block.loop}; it++) {{")
         self.indent = 3
         for i in looped:
-            self._node(i)
+            if not tiles.once(i):
+                self._node(i)
         self.indent = 2
         self.emit("}")
         for i in looped:
@@ -204,9 +72,9 @@ class _Emitter:
             if i not in looped:
                 self._node(i)
         gx, gy, gz = block.grid
-        body = "\n".join([*head, *self.lines])
-        return f"""extern "C" void {self.name}(const float* const* in, float* const* out) {{
-    #pragma omp parallel for schedule(static)
+        body = "\n".join(self.lines)
+        return f"""{"".join(self.types)}extern "C" void {self.name}(const float* const* in, float* const* out) {{
+    {self._pragma()}
     for (long b = 0; b < {gx * gy * gz}; b++) {{
         alignas(64) static thread_local float arena[{max(arena, 1)}];
         const long g0 = b / {gy * gz}, g1 = (b / {gz}) % {gy}, g2 = b % {gz};
@@ -216,13 +84,18 @@ class _Emitter:
 }}
 """
 
+    def _pragma(self) -> str:
+        """Waking the other threads takes longer than a small kernel."""
+        small = self.block.blocks == 1 or vector_operations(self.block) < WORTH_WAKING
+        return "" if small else "#pragma omp parallel for schedule(static)"
+
     def _node(self, i: int) -> None:
         node = self.block.nodes[i]
         if node.op == "input":
             self._input(i)
         elif node.op == "output":
             self._save(i)
-        elif self.inline[i] or self.direct(i) is not None:
+        elif self.tiles.inline[i] or self.tiles.home(i) != i:
             return
         elif node.op == "matmul":
             self._matmul(node, self.views[i], "false")
@@ -232,53 +105,81 @@ class _Emitter:
             self._reduce(i)
         elif node.op == "rms_norm":
             self._rms_norm(i)
+        elif i in self.tiles.epilogues.values():
+            self._product_with_epilogue(i)
         elif node.op in UNARY or node.op in BINARY:
-            self._loop(node.shape, lambda at: f"{self._address(self.views[i], at)} = {self._value(i, at)};")
+            self._loop(
+                node.shape,
+                self.tiles.order(i),
+                lambda at: f"{self._address(self.views[i], at)} = {self._value(i, at)};",
+            )
         else:
             raise UsageError(f"block operator {node.op!r} has no C++ form")
 
+    def _cuts(self, maps: Sequence[int], dim: int, size: int, step: int) -> list[str]:
+        """The terms by which grid and loop indices move along dimension `dim` of a whole tensor."""
+        terms, rest = [], size
+        for axis, (target, parts) in enumerate(zip(maps, (*self.block.grid, self.block.loop), strict=False)):
+            if target == dim and parts > 1:
+                rest //= parts
+                terms.append(f"{'it' if axis == 3 else f'g{axis}'} * {rest * step}L")
+        return terms
+
     def _input(self, i: int) -> None:
         node, block = self.block.nodes[i], self.block
-        arg = node["arg"]
-        if arg in self.packed:
-            index, size = "0", 1
-            for axis, (target, parts) in enumerate(
-                zip((*node["imap"], node["fmap"]), (*block.grid, block.loop), strict=True)
-            ):
+        arg, maps = node["arg"], (*node["imap"], node["fmap"])
+        if arg in self.tiles.packed:
+            index = "0"
+            for axis, (target, parts) in enumerate(zip(maps, (*block.grid, block.loop), strict=True)):
                 if target >= 0:
                     index = f"({index} * {parts} + {'it' if axis == 3 else f'g{axis}'})"
-                    size *= parts
-            tile = math.prod(node.shape)
-            self.emit(f"const float* t{i} = in[{arg}] + {index} * {tile}L;")
-            self.views[i] = View(f"t{i}", tuple(strides(node.shape)))
+            self.emit(f"const float* t{i} = in[{arg}] + {index} * {math.prod(node.shape)}L;")
+            self.views[i] = View(f"t{i}", ordered_strides(node.shape, self.tiles.order(i)))
             return
-        whole, steps = self.arguments[arg], strides(self.arguments[arg])
-        offset = []
-        for dim, size in enumerate(whole):
-            rest = size
-            for axis, (target, parts) in enumerate(
-                zip((*node["imap"], node["fmap"]), (*block.grid, block.loop), strict=True)
-            ):
-                if target == dim:
-                    rest //= parts
-                    offset.append(f"{'it' if axis == 3 else f'g{axis}'} * {rest * steps[dim]}L")
-        self.emit(f"const float* t{i} = in[{arg}]{''.join(' + ' + o for o in offset)};")
-        self.views[i] = View(f"t{i}", tuple(steps))
+        whole = self.arguments[arg]
+        steps = ordered_strides(whole, self.layout.arguments[arg])
+        offset = [t for d, size in enumerate(whole) for t in self._cuts(maps, d, size, steps[d])]
+        copied = i in self.layout.copied
+        name = f"s{i}" if copied else f"t{i}"
+        self.emit(f"const float* {name} = in[{arg}]{''.join(' + ' + o for o in offset)};")
+        source = View(name, steps)
+        self._fetch_ahead(node, source)
+        if not copied:
+            self.views[i] = source
+            return
+        self._loop(
+            node.shape,
+            self.tiles.order(i),
+            lambda at: f"{self._address(self.views[i], at)} = {self._address(source, at)};",
+        )
+
+    def _fetch_ahead(self, node: Node, view: View) -> None:
+        """Asks for the next turn's tile while this one is computed where its rows lie apart: the processor does not foresee those."""
+        dim, loop = node["fmap"], self.block.loop
+        rank, near = len(node.shape), next((d for d, s in enumerate(view.strides) if s == 1), 0)
+        run = node.shape[near]
+        if dim < 0 or loop == 1 or rank < 2 or run >= math.prod(node.shape) or run < LINE:
+            return
+        others = [d for d in range(rank) if d != near]
+        if run * 4 >= FAR_BYTES or view.strides[others[-1]] == run:
+            return
+        self.emit(f"if (it + 1 < {loop})")
+        for d in others:
+            self.emit(f"for (long i{d} = 0; i{d} < {node.shape[d]}; i{d}++)")
+        at = [f"i{d}" if d != near else "r" for d in range(rank)]
+        step = node.shape[dim] * view.strides[dim]
+        self.emit(
+            f"for (long r = 0; r < {run}; r += {LINE}) __builtin_prefetch(&{self._address(view, at)} + {step}L, 0, 2);"
+        )
 
     def _bind_output(self, i: int) -> None:
         node, block = self.block.nodes[i], self.block
         whole = block.output_shape(node)
-        steps = strides(whole)
         index = [n for n, o in enumerate(block.nodes) if o.op == "output"].index(i)
-        offset = []
-        for dim, size in enumerate(whole):
-            rest = size
-            for axis in range(3):
-                if node["omap"][axis] == dim and block.grid[axis] > 1:
-                    rest //= block.grid[axis]
-                    offset.append(f"g{axis} * {rest * steps[dim]}L")
+        steps = ordered_strides(whole, self.layout.results[index])
+        offset = [t for d, size in enumerate(whole) for t in self._cuts(node["omap"], d, size, steps[d])]
         self.emit(f"float* t{i} = out[{index}]{''.join(' + ' + o for o in offset)};")
-        self.views[i] = View(f"t{i}", tuple(steps))
+        self.views[i] = View(f"t{i}", steps)
 
     def _address(self, view: View, at: Sequence[str], shape: Shape | None = None) -> str:
         if shape is not None:
@@ -297,24 +198,24 @@ class _Emitter:
         return "(" + BINARY_CODE[node.op].format(a=args[0], b=args[1]) + ")"
 
     def _operand(self, j: int, at: Sequence[str]) -> str:
-        if self.inline[j]:
+        if self.tiles.inline[j]:
             return self._value(j, at)
         return self._address(self.views[j], at, self.block.nodes[j].shape)
 
-    def _loop(self, shape: Shape, body, simd: str = "#pragma omp simd") -> None:
-        at = [f"i{d}" for d in range(len(shape))]
-        for d, size in enumerate(shape):
-            if d == len(shape) - 1 and simd:
-                self.emit(simd)
-            self.emit(f"for (long i{d} = 0; i{d} < {size}; i{d}++)" + (" {" if d < len(shape) - 1 else ""))
+    def _loop(self, shape: Shape, order: Sequence[int], body: Callable[[list[str]], str]) -> None:
+        """Loops nested in this order of dimensions, the innermost one vectorised."""
+        for n, d in enumerate(order):
+            if n == len(order) - 1:
+                self.emit("#pragma omp simd")
+            self.emit(f"for (long i{d} = 0; i{d} < {shape[d]}; i{d}++)" + (" {" if n < len(order) - 1 else ""))
             self.indent += 1
-        self.emit(body(at))
-        for d in range(len(shape)):
+        self.emit(body([f"i{d}" for d in range(len(shape))]))
+        for n in range(len(order)):
             self.indent -= 1
-            if d < len(shape) - 1:
+            if n < len(order) - 1:
                 self.emit("}")
 
-    def _matmul(self, node: Node, target: View, add: str) -> None:
+    def _matmul(self, node: Node, target: View, add: str, epilogue: str = "") -> None:
         a, b = node.inputs
         shape_a, shape_b = self.block.nodes[a].shape, self.block.nodes[b].shape
         va, vb = self.views[a], self.views[b]
@@ -328,21 +229,40 @@ class _Emitter:
             return view.pointer + "".join(f" + {t}" for t in terms)
 
         m, k, n = shape_a[-2], shape_a[-1], shape_b[-1]
-        if self.panel(b):
-            self.emit(
-                f"wg_gemm_panels({m}, {n}, {k}, {base(va, shape_a)}, {va.strides[-2]}, {va.strides[-1]}, {vb.pointer}, "
-                f"{base(target, node.shape)}, {target.strides[-2]}, {add});"
-            )
-            return
-        self.emit(
-            f"wg_gemm({m}, {n}, {k}, {base(va, shape_a)}, {va.strides[-2]}, {va.strides[-1]}, {base(vb, shape_b)}, "
-            f"{vb.strides[-2]}, {vb.strides[-1]}, {base(target, node.shape)}, {target.strides[-2]}, {add});"
+        left, right, out = base(va, shape_a), base(vb, shape_b), base(target, node.shape)
+        (ar, ac), (br, bc), (cr, cc) = va.strides[-2:], vb.strides[-2:], target.strides[-2:]
+        near = [step == 1 for step in (ar, ac, br, bc, cr, cc)]
+        form = "panels" if self.tiles.panel(b) else product_form(m, n, k, near, panel_width() // 2)
+        arguments = {
+            "panels": f"{m}, {n}, {k}, {left}, {ar}, {ac}, {vb.pointer}, {out}, {cr}",
+            "plain": f"{m}, {n}, {k}, {left}, {ar}, {ac}, {right}, {br}, {out}, {cr}",
+            "swapped": f"{n}, {m}, {k}, {right}, {bc}, {br}, {left}, {ac}, {out}, {cc}",
+            "dots": f"{m}, {n}, {k}, {left}, {ar}, {right}, {bc}, {out}, {cr}, {cc}",
+            "slow": f"{m}, {n}, {k}, {left}, {ar}, {ac}, {right}, {br}, {bc}, {out}, {cr}, {cc}",
+        }[form]
+        name = "plain" if form == "swapped" else form
+        call = f"wg_{name}<{epilogue}>" if epilogue else f"wg_call_{name}"
+        self.emit(f"{call}({arguments}, {add});")
+
+    def _product_with_epilogue(self, i: int) -> None:
+        """A matmul and the unary operators behind it, applied to every finished entry."""
+        nodes, chain, at = self.block.nodes, [], i
+        while nodes[at].op != "matmul":
+            chain.append(nodes[at])
+            at = nodes[at].inputs[0]
+        value = "x"
+        for node in reversed(chain):
+            value = unary_code(node.op, value, dict(node.attrs))
+        name = f"{self.name}_e{i}"
+        self.types.append(
+            f"struct {name} {{ static constexpr bool active = true; static inline float on(float x) {{ return {value}; }} }};\n"
         )
+        self._matmul(nodes[at], self.views[i], "false", name)
 
     def _accumulate(self, i: int) -> None:
         node = self.block.nodes[i]
         source = node.inputs[0]
-        if self.direct(source) == i:
+        if self.tiles.direct(source) == i:
             self._matmul(self.block.nodes[source], self.views[i], "it > 0")
             return
 
@@ -350,34 +270,63 @@ class _Emitter:
             place = self._address(self.views[i], at)
             return f"{place} = (it > 0 ? {place} : 0.0f) + {self._operand(source, at)};"
 
-        self._loop(node.shape, body)
+        self._loop(node.shape, self.tiles.order(i), body)
 
     def _reduce(self, i: int) -> None:
         """Sums along a dimension down to a width; accumulators add over the loop too."""
         node = self.block.nodes[i]
-        source = node.inputs[0]
-        shape = self.block.nodes[source].shape
+        shape = self.block.nodes[node.inputs[0]].shape
         dim = node.get("dim", -1) % len(shape)
-        width = node.shape[dim]
-        outer = [f"i{d}" for d in range(len(shape))]
-        for d, size in enumerate(shape):
-            if d != dim:
-                self.emit(f"for (long i{d} = 0; i{d} < {size}; i{d}++)")
-        self.emit(f"for (long w = 0; w < {width}; w++) {{")
+        near = reading_order(self.tiles, i)
+        along = dim if near == dim else near
+        outer = [d for d in range(len(shape)) if d not in (dim, along)]
+        for d in outer:
+            self.emit(f"for (long i{d} = 0; i{d} < {shape[d]}; i{d}++)")
+        self.emit(f"for (long w = 0; w < {node.shape[dim]}; w++) {{")
         self.indent += 1
-        start = "0.0f"
-        place = self._address(self.views[i], [*outer[:dim], "w", *outer[dim + 1 :]])
-        if node.op != "sum":
-            start = f"it > 0 ? {place} : 0.0f"
+        if along == dim:
+            self._sum_along(i, shape, dim)
+        else:
+            self._sum_across(i, shape, dim, along)
+        self.indent -= 1
+        self.emit("}")
+
+    def _sum_along(self, i: int, shape: Shape, dim: int) -> None:
+        """One sum at a time, its terms side by side in memory."""
+        node, width = self.block.nodes[i], self.block.nodes[i].shape[dim]
+        at = [f"i{d}" for d in range(len(shape))]
+        place = self._address(self.views[i], [*at[:dim], "w", *at[dim + 1 :]])
+        source = node.inputs[0]
+        start = "0.0f" if node.op == "sum" else f"it > 0 ? {place} : 0.0f"
+        if width == 1 and not self.tiles.inline[source] and self.views[source].strides[dim] == 1:
+            at[dim] = "0"
+            first, squared = self._operand(source, at), "true" if node.op == "accum_rms" else "false"
+            self.emit(f"{place} = ({start}) + wg_total<{squared}>(&{first}, {shape[dim]});")
+            return
+        at[dim] = f"(j * {width} + w)" if width > 1 else "j"
         self.emit(f"float s = {start};")
         self.emit("#pragma omp simd reduction(+ : s)")
         self.emit(f"for (long j = 0; j < {shape[dim] // width}; j++) {{")
-        at = [*outer[:dim], f"(j * {width} + w)" if width > 1 else "j", *outer[dim + 1 :]]
         value = self._operand(source, at)
         self.emit(f"    const float v = {value}; s += {'v * v' if node.op == 'accum_rms' else 'v'};")
         self.emit("}")
         self.emit(f"{place} = s;")
-        self.indent -= 1
+
+    def _sum_across(self, i: int, shape: Shape, dim: int, along: int) -> None:
+        """Many sums at a time, which lie side by side in memory, term after term."""
+        node, width = self.block.nodes[i], self.block.nodes[i].shape[dim]
+        at = [f"i{d}" for d in range(len(shape))]
+        place = self._address(self.views[i], [*at[:dim], "w", *at[dim + 1 :]])
+        loop = f"for (long i{along} = 0; i{along} < {shape[along]}; i{along}++)"
+        at[dim] = f"(j * {width} + w)" if width > 1 else "j"
+        value = self._operand(node.inputs[0], at)
+        if node.op == "sum":
+            self.emit(f"{loop} {place} = 0.0f;")
+        else:
+            self.emit(f"if (it == 0) {loop} {place} = 0.0f;")
+        self.emit(f"for (long j = 0; j < {shape[dim] // width}; j++) {{")
+        self.emit("#pragma omp simd")
+        self.emit(f"    {loop} {{ const float v = {value}; {place} += {'v * v' if node.op == 'accum_rms' else 'v'}; }}")
         self.emit("}")
 
     def _root(self, i: int) -> None:
@@ -388,7 +337,7 @@ class _Emitter:
             place = self._address(self.views[i], at)
             return f"{place} = __builtin_sqrtf({place} * {number(1 / count)}f);"
 
-        self._loop(node.shape, body)
+        self._loop(node.shape, self.tiles.order(i), body)
 
     def _rms_norm(self, i: int) -> None:
         node = self.block.nodes[i]
@@ -413,32 +362,47 @@ class _Emitter:
 
     def _save(self, i: int) -> None:
         node = self.block.nodes[i]
-        source = node.inputs[0]
-        self._loop(node.shape, lambda at: f"{self._address(self.views[i], at)} = {self._operand(source, at)};")
+        index = [n for n, o in enumerate(self.block.nodes) if o.op == "output"].index(i)
+        self._loop(
+            node.shape,
+            self.layout.results[index],
+            lambda at: f"{self._address(self.views[i], at)} = {self._operand(node.inputs[0], at)};",
+        )
 
 
-@cache
-def panel_width() -> int:
-    """Columns of a panel: two vectors of the processor that the generated code is compiled for."""
-    return 32 if build.isa() == "avx512" else 16
+def reading_order(tiles: Tiles, i: int) -> int:
+    """The dimension along which what node `i` reads lies side by side: that of its largest operand."""
+    nodes, rank = tiles.block.nodes, len(tiles.block.nodes[i].shape)
+    largest = max(tiles.leaves(i), key=lambda j: math.prod(nodes[j].shape))
+    near = inner_dim(tiles, largest) + rank - len(nodes[largest].shape)
+    return near if nodes[tiles.block.nodes[i].inputs[0]].shape[near] > 1 else rank - 1
 
 
-def panels(block: BlockGraph, arguments: Sequence[Shape], packed: Sequence[int]) -> frozenset[int]:
+def inner_dim(tiles: Tiles, i: int) -> int:
+    """The dimension of stride 1 of a tile: its own where it is stored or packed, its argument's where it is read in place."""
+    node = tiles.block.nodes[i]
+    if node.op == "input" and i not in tiles.layout.copied and node["arg"] not in tiles.packed:
+        return tiles.layout.arguments[node["arg"]][-1]
+    return tiles.layout.inner[i]
+
+
+def panels(block: BlockGraph, packed: Sequence[int], layout: Layout) -> frozenset[int]:
     """The packed arguments whose tiles are wanted as panels [columns / width, rows, width]."""
-    emitter = _Emitter(block, list(arguments), frozenset(packed), "probe")
-    return frozenset(n["arg"] for i, n in enumerate(block.nodes) if emitter.panel(i))
+    tiles = Tiles(block, frozenset(packed), layout)
+    return frozenset(n["arg"] for i, n in enumerate(block.nodes) if tiles.panel(i))
 
 
-def block_source(block: BlockGraph, arguments: Sequence[Shape], name: str, packed: Sequence[int] = ()) -> str:
+def block_source(
+    block: BlockGraph, arguments: Sequence[Shape], name: str, packed: Sequence[int] = (), layout: Layout | None = None
+) -> str:
     """The C++ function `void name(const float* const* in, float* const* out)`. Raises UsageError for an operator without a C++ form.
 
-    `packed` names the arguments that arrive as contiguous tiles (see `pack_argument`).
+    `packed` names the arguments that arrive as contiguous tiles (see `NativeKernel.pack`); without a layout all is row-major.
     """
-    return _Emitter(block, list(arguments), frozenset(packed), name).source()
+    return _Emitter(block, arguments, frozenset(packed), name, layout or row_major(block, arguments)).source()
 
 
 def arena_bytes(block: BlockGraph, arguments: Sequence[Shape]) -> int:
     """The working set of one block: what it stores plus one tile of every input."""
-    emitter = _Emitter(block, list(arguments), frozenset(), "probe")
-    emitter.indent = 0
-    return 4 * (emitter.arena() + sum(math.prod(n.shape) for n in block.inputs))
+    _, arena = Tiles(block, frozenset(), row_major(block, arguments)).places()
+    return 4 * (arena + sum(math.prod(n.shape) for n in block.inputs))

@@ -16,7 +16,7 @@ from torch import Tensor as TorchTensor
 
 from wager.graph.expression import Body, Call, Number, Read, Scope, Tensor, substitute
 from wager.graph.index import Affine, Div, Mod, it
-from wager.graph.lower.cpp import BINARY_CODE, number, strides, unary_code
+from wager.graph.lower.code import BINARY_CODE, number, strides, unary_code
 from wager.graph.lower.library import POINTER, compile_source
 
 Guard = tuple[Affine, int, int]
@@ -199,7 +199,7 @@ class EOperator:
 
 @lru_cache(maxsize=512)
 def _function(text: str) -> Any:
-    function = compile_source([text], "wager_eoperator").wager_eoperator
+    function = compile_source([text], "wager_eoperator", products=False).wager_eoperator
     function.argtypes, function.restype = (POINTER, POINTER), None
     return function
 

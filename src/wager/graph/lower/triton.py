@@ -21,7 +21,7 @@ from torch import Tensor
 
 from wager.errors import UsageError
 from wager.graph.execute import operator
-from wager.graph.lower.cpp import number, strides
+from wager.graph.lower.code import number, strides
 from wager.graph.operators import BINARY, UNARY, Shape
 from wager.graph.program import BlockGraph, Node, Program
 from wager.native import build

@@ -73,7 +73,7 @@ def library() -> Any:
         (here / "winograd.h").read_text(),
         filtering.dispatch(),
     ]
-    loaded = compile_source(parts, "wager_windows")
+    loaded = compile_source(parts, "wager_windows", products=False)
     loaded.wager_chain.argtypes, loaded.wager_chain.restype = (POINTER, LONG, POINTER, POINTER, LONG), None
     return loaded
 

@@ -164,7 +164,7 @@ static void wg_layout(const Layout& l, const float* in, float* out) {
         const float* x = in + n * l.rows * l.columns;
         float* y = out + n * l.rows * l.columns;
         float piece[B][B + 1];  // read line by line first: rows a multiple of the page apart would evict one another
-        for (long r = r0; r < r1; r++) std::memcpy(piece[r - r0], x + r * l.columns + c0, (c1 - c0) * 4);
+        for (long r = r0; r < r1; r++) __builtin_memcpy(piece[r - r0], x + r * l.columns + c0, (c1 - c0) * 4);
         for (long c = c0; c < c1; c++)
             for (long r = r0; r < r1; r++) y[c * l.rows + r] = piece[r - r0][c - c0];
     }

@@ -6,6 +6,8 @@ Sums of fractions with one common denominator keep it; otherwise denominators mu
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wager.graph.operators import BINARY, UNARY
@@ -53,8 +55,57 @@ def fractions(program: Program) -> list[Fraction]:
     return [values[i] for i in program.outputs]
 
 
-def _block(block: BlockGraph, arguments: list[Fraction]) -> list[Fraction]:
-    values: list[Fraction] = []
+POLYNOMIAL = frozenset(("neg", "scale", "shift", "square", "reciprocal"))
+"""Unary operators that are field arithmetic; all others apply a function."""
+
+
+def applications(*programs: Program) -> tuple[int, int]:
+    """(how many values functions are applied to, the largest degree of the difference of two arguments), over all programs."""
+    count, largest = 0, 0
+    for program in programs:
+        values = _figures(program)
+        for node, figure, times in values:
+            applied = node.op in ("rms_norm", "accum_rms", "maximum") or node.op in UNARY and node.op not in POLYNOMIAL
+            if applied:
+                count += times * math.prod(node.shape)
+                largest = max(largest, figure.degree + figure.below_degree)
+    return count, 2 * largest
+
+
+def _figures(program: Program) -> Iterator[tuple[Node, Fraction, int]]:
+    """Every operator of both levels with the figures of what it reads (squared for norms) and how many blocks and turns compute it."""
+    values: list = []
+    for node in program.nodes:
+        args = [values[i] for i in node.inputs]
+        if node.op == "input":
+            values.append(Fraction())
+        elif node.op == "kernel":
+            assert node.block is not None
+            inner: list[Fraction] = []
+            block = node.block
+            values.append(_block(block, args, inner))
+            for i, n in enumerate(block.nodes):
+                if n.inputs:
+                    turns = 1 if block.after[i] else block.loop
+                    added = block.loop * block.nodes[n.inputs[0]].shape[-1]
+                    yield n, _argument(n, [inner[j] for j in n.inputs], i, added), block.blocks * turns
+        elif node.op == "result":
+            values.append(args[0][node["index"]])
+        else:
+            values.append(_apply(node, args, [program.nodes[i] for i in node.inputs], len(values)))
+            if args:
+                yield node, _argument(node, args, len(values), program.nodes[node.inputs[0]].shape[-1]), 1
+
+
+def _argument(node: Node, args: list[Fraction], mark: int, added: int) -> Fraction:
+    if node.op in ("rms_norm", "accum_rms"):  # a sum of squares: denominators that differ along it multiply
+        return _sum(_product(args[0], args[0], mark), added, mark, shared=args[0].shared)
+    return max(args, key=lambda a: a.degree + a.below_degree)
+
+
+def _block(block: BlockGraph, arguments: list[Fraction], values: list[Fraction] | None = None) -> list[Fraction]:
+    """The figures of what is saved; `values` is filled with those of every node."""
+    values = [] if values is None else values
     for i, node in enumerate(block.nodes):
         args = [values[j] for j in node.inputs]
         sources = [block.nodes[j] for j in node.inputs]

@@ -2,25 +2,36 @@
 
 Exact in one direction: programs that are equal by field algebra are never rejected. A trial accepts an unequal pair with probability at most
 8*d*k^4/q + q^(-1/k^2), d the degree and k the number of exponential terms of the compared polynomials ("Mirage", arXiv 2405.05751). k counts
-the terms that are summed, so the bound is weak at full size for attention; trials therefore run on a shrunken twin, where k is small, and
-their bounds multiply. One trial at full size guards against a mistake in the shrinking.
+the terms that are summed, so this bound says little about attention. Programs with exponentials are therefore first compared with exp as an
+unknown function (a random one per trial): equal programs that do not need exp(a+b) = exp(a)exp(b) agree always, and unequal ones are caught as
+in any field without exponentials (Schwartz-Zippel, with the chance that two arguments collide). Only where that comparison fails is exp taken
+as a power of a root of unity. Trials run on a shrunken twin and their bounds multiply. One trial at full size guards against a mistake in the
+shrinking.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
 import numpy as np
 
-from wager.graph.domains import TWIN_PRIMES, FiniteField, NotInDomain, Pair, UnluckyDraw, field_primes
+from wager.graph.domains import (
+    TWIN_PRIMES,
+    FiniteField,
+    FunctionField,
+    NotInDomain,
+    Pair,
+    UnluckyDraw,
+    field_primes,
+)
 from wager.graph.interpret import run
 from wager.graph.operators import ShapeError
 from wager.graph.program import Program, check
-from wager.graph.verify.degree import compared
+from wager.graph.verify.degree import applications, compared
 from wager.graph.verify.twin import shrink
 
 
@@ -36,19 +47,25 @@ class Verdict:
     exponentials: int = 0
     on_twin: bool = False
     order: tuple[int, ...] = ()
+    method: str = "exponentials as powers of a root of unity"
 
     def __bool__(self) -> bool:
         return self.equal
 
 
 def trial_bound(degree: int, exponentials: int, q: int) -> float:
-    """The chance that one trial accepts an unequal pair, at most 1."""
+    """The chance that one trial accepts an unequal pair, at most 1 (exp as a power of a root of unity)."""
     k = max(exponentials, 1)
     if exponentials == 0:
         return min(1.0, degree / q)
     if k > 10_000:
         return 1.0
     return min(1.0, 8 * degree * k**4 / q + q ** (-1 / k**2))
+
+
+def function_bound(degree: int, count: int, argument_degree: int, q: int) -> float:
+    """The same with every function unknown: the outputs' difference vanishes, or two of `count` different arguments take one value."""
+    return min(1.0, (degree + count * (count - 1) * argument_degree) / q)
 
 
 def verify(
@@ -86,17 +103,45 @@ def verify(
     if not on_twin:
         max_trials = min(max_trials, 2)  # sizes that cannot shrink are slow to check
     d, k = compared(left, right)
-    one = trial_bound(d, k, primes[1])
+    count, inner = applications(left, right)
+    as_functions = function_bound(d, count, inner, primes[1])
+    tests = [(FunctionField, as_functions, "functions taken as unknown")]
+    if k:
+        tests.append((FiniteField, trial_bound(d, k, primes[1]), Verdict.method))
+    verdict = Verdict(False, "")
+    for domain, one, method in tests:
+        verdict = _trials(left, right, orders, rng, primes, domain, one, target, max_trials)
+        verdict = replace(verdict, degree=d, exponentials=k, on_twin=on_twin, method=method)
+        if verdict:
+            break
+    if not verdict:
+        return verdict
+    orders = [verdict.order]
+    if full_size and on_twin and not _one_trial(reference, candidate, orders, rng, field_primes(), FiniteField):
+        return Verdict(False, "outputs differ at full size", trials=verdict.trials)
+    return verdict
+
+
+def _trials(
+    left: Program,
+    right: Program,
+    orders: Sequence[tuple[int, ...]],
+    rng: np.random.Generator,
+    primes: tuple[int, int],
+    domain: type[FiniteField],
+    one: float,
+    target: float,
+    most: int,
+) -> Verdict:
+    """Trials of one kind until the product of their bounds is below `target`, the outputs differ, or `most` are done."""
     bound, done = 1.0, 0
-    while done < max_trials and (bound > target or done < 2):
-        orders = _one_trial(left, right, orders, rng, primes)
+    while done < most and (bound > target or done < 2):
+        orders = _one_trial(left, right, orders, rng, primes, domain)
         done += 1
         bound *= one
         if not orders:
-            return Verdict(False, f"outputs differ in trial {done}", trials=done, on_twin=on_twin)
-    if full_size and on_twin and not _one_trial(reference, candidate, orders, rng, field_primes()):
-        return Verdict(False, "outputs differ at full size", trials=done)
-    return Verdict(True, f"equal in {done} trials", bound, done, d, k, on_twin, tuple(orders[0]))
+            return Verdict(False, f"outputs differ in trial {done}", trials=done)
+    return Verdict(True, f"equal in {done} trials", bound, done, order=tuple(orders[0]))
 
 
 def _one_trial(
@@ -105,10 +150,11 @@ def _one_trial(
     orders: Sequence[tuple[int, ...]],
     rng: np.random.Generator,
     primes: tuple[int, int],
+    domain: type[FiniteField],
 ) -> list[tuple[int, ...]]:
     """The orders of the right outputs that agree with the left ones."""
     for _ in range(50):
-        field = FiniteField(rng, primes)
+        field = domain(rng, primes)
         inputs: list[Any] = [field.random(shape) for shape in left.input_shapes]
         try:
             a, b = run(left, inputs, field), run(right, inputs, field)
