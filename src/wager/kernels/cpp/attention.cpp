@@ -242,12 +242,13 @@ static void prepare(const Args& a, const Item& item, const Layout& l, Scratch& s
 #endif
 }
 
+// A query's sums times a factor, in the order of the output.
 template <typename E>
-static inline long place_of_sum(long d) {
+static inline void write_sums(const float* sums, long width, float factor, float* to) {
 #if defined(__AVX512BF16__)
-    if (PAIRS<E>) return place_of_value(d);
+    if constexpr (PAIRS<E>) return sums_in_order(sums, width, factor, to);
 #endif
-    return place<E>(d);
+    for (long d = 0; d < width; d++) to[d] = sums[place<E>(d)] * factor;
 }
 
 // The results of an item: final rows of the output, or its row of the partial results (top, total, sums).
@@ -261,7 +262,7 @@ static void finish(const Args& a, const Item& item, const Layout& l, const Scrat
             float* to = a.out + ((row0 + r / l.group) * a.heads + query_head) * a.value_dim;
             if (item.partial < 0) factor = inverse_total(a, query_head, top, total);
             else to = partial + (item.partial + i) * (a.value_dim + 2), *to++ = top, *to++ = total;
-            for (long d = 0; d < a.value_dim; d++) to[d] = s.acc[i * l.vp + place_of_sum<E>(d)] * factor;
+            write_sums<E>(s.acc.data() + i * l.vp, a.value_dim, factor, to);
         }
 }
 

@@ -67,7 +67,7 @@ static inline void turn_keys(const bf16* const* keys, long width, long padded, i
     for (int j = 0; j < KEYS && width % 2; j++) to[width / 2 * KEYS + j] = keys[j][width - 1];
 }
 
-// Values as [pairs of keys][padded], of every 32 dimensions in the order that two unpacks leave (place_of_value).
+// Values as [pairs of keys][padded], of every 32 dimensions in the order that two unpacks leave.
 static inline void pair_values(const bf16* const* values, long width, long padded, int pairs, two* to) {
     for (int j = 0; j < pairs; j++)
         for (long d = 0; d < padded; d += 32) {
@@ -77,7 +77,16 @@ static inline void pair_values(const bf16* const* values, long width, long padde
             _mm512_store_si512(to + j * padded + d + 16, _mm512_unpackhi_epi16(a, b));
         }
 }
-static inline long place_of_value(long d) { return d / 32 * 32 + d % 8 / 4 * 16 + d % 32 / 8 * 4 + d % 4; }
+// `width` sums in that order, times a factor, in their own order.
+static inline void sums_in_order(const float* sums, long width, float factor, float* to) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23), second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (long d = 0; d < width; d += 32) {
+        __m512 a = (__m512)(load(sums + d) * factor), b = (__m512)(load(sums + d + 16) * factor);
+        __mmask16 low = width - d >= 16 ? 0xffff : (1u << (width - d)) - 1, high = width - d >= 32 ? 0xffff : width - d <= 16 ? 0 : (1u << (width - d - 16)) - 1;
+        _mm512_mask_storeu_ps(to + d, low, _mm512_permutex2var_ps(a, first, b));
+        _mm512_mask_storeu_ps(to + d + 16, high, _mm512_permutex2var_ps(a, second, b));
+    }
+}
 
 // Scores of ROWS queries with a block of keys. `ahead` fetches its quota evenly per 64 dimensions, here and in add_pairs: a burst of fetches
 // would make the loop wait for them.

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from wager.kernels.referee.capture import Case
 from wager.kernels.referee.judge import DEFAULTS, Options, Verdict, judge
+from wager.native.build import isa
 
 CHOICES = {
     "KC": (128, 256, 512, 1024, 2048),
@@ -22,7 +23,8 @@ CHOICES = {
     "CLAIM_BYTES": (4096, 16384, 32768, 131072),
     "UNROLL": (0, 1),
 }
-SHIPPED = {"KC": 512, "PREFETCH": 1024, "CLAIM_BYTES": 32768, "UNROLL": 0}
+# What cpp/linear_tiles.h and cpp/linear.cpp set where no flag does; the slice depends on the width of a vector.
+SHIPPED = {"KC": 512 if isa() == "avx512" else 256, "PREFETCH": 1024, "CLAIM_BYTES": 32768, "UNROLL": 0}
 SOURCE = '''"""Our C++ linear with other constants."""
 
 import math
