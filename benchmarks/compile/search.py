@@ -167,7 +167,8 @@ def side_by_side(
     name: str, program: Program, ops: int, budget: float, quick: bool
 ) -> tuple[list[Row], dict[str, dict[str, Any]]]:
     """Each search from program to best kernel, once; nothing that one compiles is there for another. Then the kernels against each other."""
-    library(), parts()  # the enumerator and the products that kernels share are built once, before the clock starts
+    library()
+    parts()  # the enumerator and the products that kernels share are built once, before the clock starts
     inputs = [torch.randn(s) * 0.1 for s in program.input_shapes]
     record: dict[str, dict[str, Any]] = {}
     winners: dict[str, Timed] = {}

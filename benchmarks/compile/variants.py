@@ -48,7 +48,8 @@ def main() -> None:
     if args.device != "cpu":
         parser.error("these searches run on a CPU: --device cpu")
     torch.manual_seed(0)
-    library(), parts()  # built once, before any clock starts
+    library()
+    parts()  # built once, before any clock starts
     budget = args.budget or (4.0 if args.quick else 20.0)
     rows, facts = recorded() if args.only and not args.quick else ([], {})
     for section in SECTIONS if args.only is None else (args.only,):

@@ -31,6 +31,7 @@ UNITS = {
     "wager_pipeline": ["simulate/cpp/pipeline.cpp"],
     "wager_detect": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "detect/tod/cpp").glob("*.cpp")),
 }  # fmt: skip
+WITH_GENERATED = ("graph/lower/parts.cpp",)  # compiled with generated kernels, which need a compiler anyway
 
 app = typer.Typer(add_completion=False)
 

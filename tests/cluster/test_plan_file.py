@@ -3,7 +3,7 @@
 import pytest
 
 from wager.cluster import plan_file
-from wager.cluster.helix.refine import covers, refine
+from wager.cluster.helix.refine import Tried, covers, refine
 from wager.errors import UsageError
 
 
@@ -52,17 +52,18 @@ def test_refining_never_gets_worse_and_stays_lawful():
     most = {"a": 3, "b": 4, "c": 2, "d": 2}
     tried = []
 
-    def rates(placements):
+    def simulate(placements):
         tried.extend(placements)
-        return [rate(p) for p in placements]
+        return [Tried(p, rate(p)) for p in placements]
 
     def promise(placement):
         return 1.0 if placement.get("a", (0, 0))[0] == 0 else 0.5
 
     other = {"a": (0, 3), "b": (2, 5), "c": (4, 6)}
-    starts = [(start, rate(start)), (other, rate(other))]
-    best, value = refine(starts, most, 6, rates, promise, 200, np.random.default_rng(0), at_once=3)
-    assert covers(best, 6) and value == rate(best) > max(rate(start), rate(other))
+    starts = [Tried(start, rate(start)), Tried(other, rate(other))]
+    found = refine(starts, most, 6, simulate, promise, 200, np.random.default_rng(0), at_once=3)
+    best = found.placement
+    assert covers(best, 6) and found.rate == rate(best) > max(rate(start), rate(other))
     assert 100 < len(tried) <= 201 and all(
         promise(p) == 1.0 for p in tried
     )  # what promises too little is not simulated

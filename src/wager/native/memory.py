@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-import threading
 
 import torch
 from torch import Tensor
@@ -13,9 +12,6 @@ from torch import Tensor
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 KEEP_BYTES = 1 << 30
 HUGE_PAGE = 1 << 21
-CACHE_LINE = 64
-REGION_BYTES = 64 << 20
-SMALLEST_SHARED_BYTES = 64 << 10
 LARGEST_FROM_HEAP_BYTES = 32 << 20  # the most that glibc allows
 
 
@@ -41,39 +37,11 @@ def give_back_freed_memory() -> None:
 
 
 def huge_zeros(size: int) -> Tensor:
-    """Zero bytes, committed when first touched, on huge pages where the system grants them: fewer address translations in a stream.
-
-    What is smaller than a few huge pages shares a region with its neighbours, which is given back when the last of them is gone.
-    """
-    if size < SMALLEST_SHARED_BYTES:
+    """Zero bytes, committed when first touched, on huge pages where the system grants them: fewer address translations in a stream."""
+    if size < 2 * HUGE_PAGE:
         return torch.zeros(size, dtype=torch.uint8)
-    return _region(size) if size > REGION_BYTES // 4 else _shared.take(size)
-
-
-class _Shared:
-    """Hands out pieces of one region after another; no piece is used twice, so all are zero."""
-
-    def __init__(self):
-        self.lock, self.region, self.used = threading.Lock(), torch.empty(0, dtype=torch.uint8), 0
-
-    def take(self, size: int) -> Tensor:
-        with self.lock:
-            if self.used + size > len(self.region):
-                self.region, self.used = _region(REGION_BYTES), 0
-            piece = self.region[self.used : self.used + size]
-            self.used += -(-size // CACHE_LINE) * CACHE_LINE
-            return piece
-
-
-_shared = _Shared()
-
-
-def _region(size: int) -> Tensor:
-    """`size` fresh bytes that begin with a huge page."""
     # private: Python's default is shared memory, whose huge pages have a switch of their own that is usually off
-    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(memory, "madvise") and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    first = -whole.data_ptr() % HUGE_PAGE
-    return whole[first : first + size]
+    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -239,7 +239,7 @@ MEMORY = (
     Feature(
         "kv_offload", "system/memory", "cached blocks that the KV pools give up are kept in the host's memory", EXACT,
         ("kv_offload_memory",), "wager.serve.cache.block_pool:HostTier",
-        (ENGINE + "test_evicted_blocks_come_back_from_the_host", BLOCKS + "TestBooks::runTest",
+        (ENGINE + "test_evicted_blocks_come_back_from_the_host", BLOCKS + "test_host_memory_keeps_what_is_evicted_until_it_is_full_itself",
          "tests/serve/cache/test_pool.py::test_blocks_go_behind_the_pool_and_come_back"),
         note="preempted requests resume from there too: preemption by swapping",
         enabled_when=lambda c: c.kv_offload_memory is not None,

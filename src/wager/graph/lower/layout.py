@@ -113,9 +113,10 @@ def minimise(problem: Problem) -> dict[Site, int]:
         if copies:
             model.row(copies, upper=room)
     solution = solve(model)
-    if solution.x is None:
+    values = solution.x
+    if values is None:
         raise WagerError(f"no layout of the kernels' tensors is allowed ({solution.status})")
-    return {site: max(range(len(c)), key=lambda i, c=c: solution.x[c[i]]) for site, c in picks.items()}
+    return {site: max(range(len(c)), key=lambda i, c=c, x=values: x[c[i]]) for site, c in picks.items()}
 
 
 # ── the problem of a program ────────────────────────────────────────────────────────────────────────────────────────────

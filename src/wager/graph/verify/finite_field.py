@@ -105,7 +105,9 @@ def verify(
     d, k = compared(left, right)
     count, inner = applications(left, right)
     as_functions = function_bound(d, count, inner, primes[1])
-    tests = [(FunctionField, as_functions, "functions taken as unknown")]
+    tests: list[tuple[type[FiniteField] | type[FunctionField], float, str]] = [
+        (FunctionField, as_functions, "functions taken as unknown")
+    ]
     if k:
         tests.append((FiniteField, trial_bound(d, k, primes[1]), Verdict.method))
     verdict = Verdict(False, "")
