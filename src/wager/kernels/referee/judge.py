@@ -24,6 +24,8 @@ from wager.kernels.referee.process import Worker, WorkerFailed
 ROUNDS = ((200, 1.0), (201, 3.0), (202, 1 / 16))  # seed and magnitude of the inputs
 TOP_BANDWIDTH = 4e11  # bytes a second that no memory of one processor delivers: a faster call did not read its inputs
 FAST_CALL_S = 2e-6
+LEAST_CHECKED = 2  # timed calls of a round whose outputs are compared with the oracle; all of them where inputs and weights are small
+CHECKED_ELEMENTS = 1 << 22
 CLOCK_FACTOR, CLOCK_GRACE_S = (
     4.0,
     1.0,
@@ -322,7 +324,9 @@ def _check_timed(
         raise Rejected(Status.REWARD_HACK, reply["hack"])
     if window_s > CLOCK_FACTOR * reply["loop_s"] + CLOCK_GRACE_S or reply["loop_s"] < sum(reply["seconds"]):
         raise Rejected(Status.REWARD_HACK, f"claims {reply['loop_s']:.3g} s where our clock saw {window_s:.3g} s")
-    for i in rng.sample(range(len(factors)), min(2, len(factors))):
+    elements = sum(t.numel() for t in (*inputs, *state.values()) if t is not None)
+    count = min(len(factors), max(LEAST_CHECKED, CHECKED_ELEMENTS // max(1, elements)))
+    for i in rng.sample(range(len(factors)), count):
         scaled = [t * factors[i] if t is not None and t.dtype.is_floating_point else t for t in inputs]
         wanted = oracle.expect(case, state, scaled)
         try:
