@@ -79,6 +79,8 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
 ) -> None:
     """Serve MODEL over the OpenAI API, with a chat page at /."""
+    given = dict(locals())  # an option that is a field of EngineConfig goes there under its own name
+    from wager.serve.config import EngineConfig
     from wager.serve.http.settings import ServerSettings
     from wager.serve.text.reasoning import reasoning_stream
     from wager.serve.text.tools import tool_stream
@@ -87,31 +89,11 @@ def serve(
     if reasoning_parser is not None:
         reasoning_stream(reasoning_parser, "")
     keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get("WAGER_API_KEY")]))
-    engine = dict(
-        dtype=dtype,
-        quantization=quantization,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_memory=kv_cache_memory,
-        kv_offload_memory=kv_offload_memory,
-        block_size=block_size,
-        enable_prefix_caching=enable_prefix_caching,
-        scheduling_policy=scheduling_policy,
-        long_prefill_threshold=long_prefill_threshold,
-        max_queue=max_queue,
-        chat_template=chat_template,
-        lora_modules=dict(_named_path(item) for item in lora or ()),
-        max_loras=max_loras,
-        speculative_config=_json_option(speculative_config, "speculative-config"),
-        tensor_parallel_size=tensor_parallel_size,
-        offload_memory=offload_memory,
-        offload_file=offload_file,
-        offload_bytes_per_s=offload_bytes_per_s,
-        seed=seed,
-        device=device,
-    )
+    engine = {
+        name: value for name, value in given.items() if name in EngineConfig.__dataclass_fields__ and name != "model"
+    }
+    engine["lora_modules"] = dict(_named_path(item) for item in lora or ())
+    engine["speculative_config"] = _json_option(speculative_config, "speculative-config")
     settings = ServerSettings(
         api_keys=keys, tool_call_parser=tool_call_parser, reasoning_parser=reasoning_parser, drain_s=drain
     )

@@ -11,13 +11,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
-from wager.compile.mirage.abstract import Algebra, entries
 from wager.compile.mirage.enumerate import Enumerator
 from wager.compile.mirage.generate import Progress, Structure
 from wager.compile.mirage.regions import grid_maps
 from wager.compile.prism.family import ARENA_LIMIT
 from wager.compile.prism.mapping import Ties
-from wager.compile.prism.search import merges
+from wager.compile.prism.search import merges, saved_expressions
 from wager.graph.lower.cpp import arena_bytes
 from wager.graph.operators import Shape, ShapeError
 from wager.graph.program import BlockBuilder, BlockGraph, Builder, Program, cut
@@ -71,7 +70,7 @@ def pairs(
     for structure in first.run(
         inputs, tiles, limits.max_outputs, lambda e, _: len(e) > 1 and target not in e, progress, loop
     ):
-        saved = _expressions(algebra, structure, inputs, loop)
+        saved = saved_expressions(algebra, structure, inputs, loop)
         block = _closed(structure, program.input_shapes, plan)
         if block is None:
             continue
@@ -138,16 +137,3 @@ def _closed(structure: Structure, arguments: Sequence[Shape], plan: Plan) -> Blo
     except ShapeError:
         return None
     return block if arena_bytes(block, arguments) <= ARENA_LIMIT else None
-
-
-def _expressions(algebra: Algebra, structure: Structure, inputs: Sequence[int], loop: int) -> list[int]:
-    """What the saved tiles hold, as abstract expressions."""
-    values: list[int] = []
-    for i, node in enumerate(structure.nodes):
-        if node.op == "input":
-            values.append(inputs[i])
-            continue
-        attrs = dict(node.attrs) if node.op in ("scale", "shift", "clamp", "leaky_relu") else {}
-        shapes = [structure.nodes[j].shape for j in node.inputs]
-        values.append(algebra.apply(node.op, [values[j] for j in node.inputs], entries(node, shapes, loop), attrs))
-    return [values[s] for s in structure.saved]

@@ -119,7 +119,7 @@ def chains(program: Program, limits: Limits, progress: Progress) -> Iterator[tup
     second = Enumerator(algebra, targets, menu(program, width=shape[-1]), limits)
     openings = first.run(inputs, program.input_shapes, limits.max_outputs, lambda e, s: e != [target], progress)
     for structure in openings:
-        expressions = _saved_expressions(algebra, structure, inputs)
+        expressions = saved_expressions(algebra, structure, inputs)
         shapes = [structure.nodes[s].shape for s in structure.saved]
         if len(structure.saved) < 2:
             continue  # a single value passed on is what one kernel does better
@@ -127,7 +127,8 @@ def chains(program: Program, limits: Limits, progress: Progress) -> Iterator[tup
             yield (structure, after)
 
 
-def _saved_expressions(algebra: Algebra, structure: Structure, inputs: Sequence[int]) -> list[int]:
+def saved_expressions(algebra: Algebra, structure: Structure, inputs: Sequence[int], loop: int = 1) -> list[int]:
+    """What the saved tiles hold, as abstract expressions; `loop`: turns that an accumulator sums over."""
     values: list[int] = []
     for i, node in enumerate(structure.nodes):
         if node.op == "input":
@@ -135,7 +136,7 @@ def _saved_expressions(algebra: Algebra, structure: Structure, inputs: Sequence[
             continue
         attrs = dict(node.attrs) if node.op in ("scale", "shift", "clamp", "leaky_relu") else {}
         shapes = [structure.nodes[j].shape for j in node.inputs]
-        values.append(algebra.apply(node.op, [values[j] for j in node.inputs], entries(node, shapes), attrs))
+        values.append(algebra.apply(node.op, [values[j] for j in node.inputs], entries(node, shapes, loop), attrs))
     return [values[s] for s in structure.saved]
 
 

@@ -41,17 +41,8 @@ def compared(left: Program, right: Program) -> tuple[int, int]:
 def fractions(program: Program) -> list[Fraction]:
     """The figures of every output."""
     values: list = []
-    for node in program.nodes:
-        args = [values[i] for i in node.inputs]
-        if node.op == "input":
-            values.append(Fraction())
-        elif node.op == "kernel":
-            assert node.block is not None
-            values.append(_block(node.block, args))
-        elif node.op == "result":
-            values.append(args[0][node["index"]])
-        else:
-            values.append(_apply(node, args, [program.nodes[i] for i in node.inputs], len(values)))
+    for _ in _figures(program, values):
+        pass
     return [values[i] for i in program.outputs]
 
 
@@ -63,8 +54,7 @@ def applications(*programs: Program) -> tuple[int, int]:
     """(how many values functions are applied to, the largest degree of the difference of two arguments), over all programs."""
     count, largest = 0, 0
     for program in programs:
-        values = _figures(program)
-        for node, figure, times in values:
+        for node, figure, times in _figures(program, []):
             applied = node.op in ("rms_norm", "accum_rms", "maximum") or node.op in UNARY and node.op not in POLYNOMIAL
             if applied:
                 count += times * math.prod(node.shape)
@@ -72,9 +62,11 @@ def applications(*programs: Program) -> tuple[int, int]:
     return count, 2 * largest
 
 
-def _figures(program: Program) -> Iterator[tuple[Node, Fraction, int]]:
-    """Every operator of both levels with the figures of what it reads (squared for norms) and how many blocks and turns compute it."""
-    values: list = []
+def _figures(program: Program, values: list) -> Iterator[tuple[Node, Fraction, int]]:
+    """Every operator of both levels with the figures of what it reads (squared for norms) and how many blocks and turns compute it.
+
+    `values` receives the figures of every node.
+    """
     for node in program.nodes:
         args = [values[i] for i in node.inputs]
         if node.op == "input":
