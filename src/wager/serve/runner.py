@@ -21,6 +21,7 @@ from wager.serve.batch import Batch, KVTables, Span
 from wager.serve.cache.block_manager import BlockManager
 from wager.serve.cache.pool import KVPool, groups_for
 from wager.serve.graphs import DecodeGraphs
+from wager.serve.planned import PlannedForward, plan
 from wager.serve.token_tree import TokenTree, pack_bits
 
 
@@ -100,6 +101,8 @@ class ModelRunner:
             "paged_attention", torch.empty(0, device=self.device)
         )
         self._compute = DecodeGraphs(self._forward) if capturable else self._forward
+        self._planned: PlannedForward | None = None
+        self._plans = True  # until there turns out to be none
 
     def build(self, inputs: Sequence[SpanInput], adapters: Callable[[Tensor], Adapters | None] | None = None) -> Batch:
         """Lay the spans out one after another. `adapters` makes the batch's adapters from its span starts."""
@@ -159,6 +162,15 @@ class ModelRunner:
         """hidden_TD after the final norm; the batch's keys and values are in the pool afterwards."""
         return self.run(batch, self.blocks.take_copies())
 
+    def planned(self) -> PlannedForward | None:
+        """The pass as a list of native calls, where the model is of a kind that has one."""
+        if self._planned is not None and not self._planned.body.holds():
+            self._planned, self._plans = None, True
+        if self._planned is None and self._plans:
+            body = plan(self.model, self.pool, self.blocks.block_size, len(self.blocks.groups))
+            self._planned, self._plans = None if body is None else PlannedForward(body), False
+        return self._planned
+
     def run(self, batch: Batch, copies: Sequence[tuple[int, int, int]]) -> Tensor:
         """`forward` after these copies of blocks; a model split over processes sends both on."""
         if copies:
@@ -166,6 +178,8 @@ class ModelRunner:
         return self._compute(batch)
 
     def _forward(self, batch: Batch) -> Tensor:
+        if batch.adapters is None and (planned := self.planned()) is not None:
+            return planned(batch)
         attend: Attend = PagedAttend(self.model, self.pool, self.group_of_layer, self.blocks.block_size, batch)
         return self.model(batch.tokens_T, batch.positions_T, attend, batch.adapters)
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "activations.h"
@@ -117,6 +118,17 @@ static void units(const Work& work) {
     });
 }
 
+// `rows` rows of `steps` elements each, side by side: to[k * rows + r].
+template <int... R>
+static void side_by_side(const element* from, long rows, long steps, element* to, std::integer_sequence<int, R...>) {
+    auto turn = [=](auto count) {
+        constexpr int n = decltype(count)::value;
+        for (long k = 0; k < steps; k++)
+            for (int r = 0; r < n; r++) to[k * n + r] = from[r * steps + k];
+    };
+    (void)((rows == R + 1 && (turn(std::integral_constant<int, R + 1>{}), true)) || ...);
+}
+
 // Many rows tile by tile, the rows of a tile side by side; few one after the other. `fill(row, to)` writes a row's elements.
 template <typename K, typename Fill>
 static void lay_out(Work& work, std::vector<uint32_t>& to, Fill&& fill) {
@@ -128,12 +140,11 @@ static void lay_out(Work& work, std::vector<uint32_t>& to, Fill&& fill) {
     const Tiles<K> tiles{rows};
     each(threads, tiles.count, [&](long t) {
         thread_local std::vector<uint32_t> tile;
-        long row = tiles.begin(t), count = tiles.begin(t + 1) - row;
+        const long row = tiles.begin(t), count = tiles.begin(t + 1) - row;
         tile.resize(count * steps);
-        for (long r = 0; r < count; r++) fill(row + r, tile.data() + r * steps);
-        element* out = to.data() + row * steps;
-        for (long k = 0; k < steps; k++)
-            for (long r = 0; r < count; r++) *out++ = tile[r * steps + k];
+        uint32_t* const from = tile.data();
+        for (long r = 0; r < count; r++) fill(row + r, from + r * steps);
+        side_by_side(from, count, steps, to.data() + row * steps, std::make_integer_sequence<int, K::MANY>{});
     });
 }
 

@@ -14,7 +14,7 @@ constexpr long PREFETCH = WAGER_PREFETCH;  // bytes ahead of each of four panels
 #ifndef WAGER_KC
 #define WAGER_KC (VL == 16 ? 512 : 256)
 #endif
-constexpr long KC = WAGER_KC;  // inputs of a slice
+constexpr long KC = WAGER_KC;  // steps of a slice: an input, or the two that are multiplied at once
 
 typedef uint32_t __attribute__((may_alias)) element;  // an activation as a kernel reads it: a float, two bfloat16 or int16, or four int8
 
@@ -69,7 +69,7 @@ template <typename F>
 struct Plain {
     static constexpr int MANY = 6;  // rows of a tile when there are more than MR
     static constexpr int PIECE = F::BYTES;
-    static constexpr long SLICE = KC;
+    static constexpr long SLICE = KC * F::STEP;
     static constexpr bool ZEROS = false;
     static long bytes(long inputs) { return inputs / F::STEP * F::BYTES; }
     static constexpr int panels(int rows) { return panels_for(rows, SUMS); }
@@ -100,7 +100,7 @@ struct Plain {
 template <typename F>
 struct Integer {
     static constexpr int MANY = VL == 16 ? 8 : 4, PIECE = 64;
-    static constexpr long SLICE = KC;
+    static constexpr long SLICE = 2 * KC;  // a step takes four inputs; twice as many again gained nothing
     static constexpr bool ZEROS = false;  // sums of activations are in Acts
     static long bytes(long inputs) { return inputs / F::GROUP * F::BYTES; }
     static constexpr int panels(int rows) { return panels_for(rows, SUMS * 2 / 3); }
