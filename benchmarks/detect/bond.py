@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,8 @@ def main() -> None:
         if args.part in ("all", "parity"):
             sets = (args.datasets or ("disney" if args.quick else "disney,books,inj_cora")).split(",")
             seeds, epochs = args.seeds or (3 if args.quick else 20), 10 if args.quick else 100
-            finish(args, "bond-parity", *parity(peer, args.data, sets, seeds, epochs))
+            for name in sets:
+                finish(args, f"bond-parity-{name}", *parity(peer, args.data, name, seeds, epochs))
 
 
 def finish(args: Any, system: str, rows: list[Row], facts: dict[str, Any]) -> None:
@@ -164,32 +164,30 @@ def motifs(peer: Worker, data: Path, names: tuple[str, ...], repeats: int) -> li
     return rows
 
 
-def parity(peer: Worker, data: Path, names: Sequence[str], seeds: int, epochs: int) -> tuple[list[Row], dict[str, Any]]:
+def parity(peer: Worker, data: Path, name: str, seeds: int, epochs: int) -> tuple[list[Row], dict[str, Any]]:
     """Mean AUC over seeds, both with a 95 % interval, same hyper-parameters; `agree` where the intervals meet."""
-    rows, found = [], {}
-    for name in names:
-        graph = bond.Graph.of(data / f"{name}.npz")
-        assert graph.y is not None
-        y = graph.y.numpy() > 0
-        peer.call("load_graph", path=str(data / f"{name}.npz"))
-        for detector, (kind, shared, own) in PARITY.items():
-            learning = {} if detector == "SCAN" else {"epoch": epochs}
-            both: list[list[float]] = [[], []]
-            for seed in range(1 if detector == "SCAN" else seeds):
-                seeded = {} if detector == "SCAN" else {"seed": seed}
-                ours = kind(**learning, **shared, **own, **seeded).fit(graph).decision_score_.numpy()
-                theirs = np.array(
-                    peer.call("train", name=detector, config=learning | shared, seed=seed, threads=CPUS)["scores"]
-                )
-                for values, score in zip(both, (ours, theirs), strict=True):
-                    if np.isfinite(score).all():
-                        values.append(eval_roc_auc(y, score))
+    rows, found, graph = [], {}, bond.Graph.of(data / f"{name}.npz")
+    assert graph.y is not None
+    y = graph.y.numpy() > 0
+    peer.call("load_graph", path=str(data / f"{name}.npz"))
+    for detector, (kind, shared, own) in PARITY.items():
+        learning = {} if detector == "SCAN" else {"epoch": epochs}
+        both: list[list[float]] = [[], []]
+        for seed in range(1 if detector == "SCAN" else seeds):
+            seeded = {} if detector == "SCAN" else {"seed": seed}
+            ours = kind(**learning, **shared, **own, **seeded).fit(graph).decision_score_.numpy()
+            theirs = np.array(
+                peer.call("train", name=detector, config=learning | shared, seed=seed, threads=CPUS)["scores"]
+            )
+            for values, score in zip(both, (ours, theirs), strict=True):
+                if np.isfinite(score).all():
+                    values.append(eval_roc_auc(y, score))
+        found[f"{name} {detector}"] = verdict(*map(np.array, both))
+        say(f"{name} {detector} {found[f'{name} {detector}']}")
+        if both[0] and both[1]:
             label = f"{detector}, {name}: mean AUC of {len(both[0])} seeds"
-            found[f"{name} {detector}"] = verdict(*map(np.array, both))
-            say(f"{name} {detector} {found[f'{name} {detector}']}")
-            if both[0] and both[1]:
-                a, b = float(np.mean(both[1])), float(np.mean(both[0]))
-                rows.append(Row(label, "pygod", "wager", "AUC", a, b, b / a, b / a, b / a, 0.0, len(both[0])))
+            a, b = float(np.mean(both[1])), float(np.mean(both[0]))
+            rows.append(Row(label, "pygod", "wager", "AUC", a, b, b / a, b / a, b / a, 0.0, len(both[0])))
     return rows, {"parity": found}
 
 
