@@ -52,16 +52,16 @@ static inline void wg_map(float* x, long n, F f) {
 }
 static inline void wg_activate_row(float* x, long n, long activation, const float* slope) {
     switch (activation) {
-        case RELU: wg_map(x, n, wg_relu); break;
+        case RELU: wg_map(x, n, [](float v) { return wg_relu(v); }); break;
         case PRELU:
 #pragma omp simd
             for (long i = 0; i < n; i++) x[i] = x[i] > 0.0f ? x[i] : x[i] * slope[i];
             break;
-        case TANH: wg_map(x, n, wg_tanh); break;
-        case SIGMOID: wg_map(x, n, wg_sigmoid); break;
-        case SILU: wg_map(x, n, wg_silu); break;
-        case GELU: wg_map(x, n, wg_gelu); break;
-        case GELU_TANH: wg_map(x, n, wg_gelu_tanh); break;
+        case TANH: wg_map(x, n, [](float v) { return wg_tanh(v); }); break;
+        case SIGMOID: wg_map(x, n, [](float v) { return wg_sigmoid(v); }); break;
+        case SILU: wg_map(x, n, [](float v) { return wg_silu(v); }); break;
+        case GELU: wg_map(x, n, [](float v) { return wg_gelu(v); }); break;
+        case GELU_TANH: wg_map(x, n, [](float v) { return wg_gelu_tanh(v); }); break;
         default: break;
     }
 }
