@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wager.compile.ollie import definitions, inter, match, network, rules, search
+from wager.compile.ollie import definitions, dilation, inter, match, network, rules, search
 from wager.compile.ollie.network import optimize
 from wager.compile.ollie.realize import Plan
 from wager.graph.derivation_log import load
@@ -324,8 +324,8 @@ def test_a_dilated_convolution_becomes_an_ordinary_one():
     want = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), w, None, 1, 2, 2).permute(0, 2, 3, 1)
     torch.testing.assert_close(Plan(wanted[0].scope, {"K": w})({"A": x}), want, atol=1e-4, rtol=1e-4)
     odd = definitions.conv((1, 7, 7, 2), (2, 2, 3, 3), (1, 1), (2, 2), (2, 2))
-    assert not list(rules.undilate(odd)) and not list(
-        rules.undilate(definitions.conv((1, 6, 6, 2), (2, 2, 3, 3), (1, 1), (1, 1), (1, 1)))
+    assert not list(dilation.undilate(odd)) and not list(
+        dilation.undilate(definitions.conv((1, 6, 6, 2), (2, 2, 3, 3), (1, 1), (1, 1), (1, 1)))
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import numpy as np
@@ -16,10 +17,8 @@ def resident(x: np.ndarray) -> np.ndarray:
     step = LARGE if large else LINE
     if large:
         region = mmap.mmap(-1, -(-x.nbytes // LARGE) * LARGE + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        try:
+        with contextlib.suppress(OSError):  # a kernel without large pages: the same memory, read a little slower
             region.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without large pages: the same memory, read a little slower
         raw = np.frombuffer(region, np.uint8)
     else:
         raw = np.empty(x.nbytes + LINE, np.uint8)
