@@ -195,7 +195,9 @@ def _max_pool(
 
 def _pad(im: Importer, x: Any, widths: Sequence[int], value: float = 0.0) -> int:
     if value or any(w < 0 for w in widths):
-        raise UsageError(f"padding with {value} by {list(widths)} has no form in the graph; known: zeros around the tensor")
+        raise UsageError(
+            f"padding with {value} by {list(widths)} has no form in the graph; known: zeros around the tensor"
+        )
     rank = len(im.shape(x))
     both = [(0, 0)] * (rank - len(widths) // 2) + [(widths[i], widths[i + 1]) for i in range(len(widths) - 2, -1, -2)]
     return im.build.add("pad", [im.value(x)], widths=tuple(both))

@@ -135,7 +135,9 @@ def rows_of(tensor: Tensor) -> tuple[Tensor, Rows] | None:
         for i, size in zip(at, thing.shape, strict=False):
             inside &= (i >= 0) & (i < size)
         if thing.source is None or thing.source.kind != "eoperator":
-            starts = sum((i * s for i, s in zip(at, strides(thing.shape), strict=False)), np.zeros_like(inside, np.int64))
+            starts = sum(
+                (i * s for i, s in zip(at, strides(thing.shape), strict=False)), np.zeros_like(inside, np.int64)
+            )
             return replace(thing, pads=()), Rows(np.where(inside, starts, -1).reshape(batch, count))
         expr = thing.source.expr
         env = {n: np.where(inside, i, 0) + a for (n, a, _), i in zip(expr.loops, at, strict=False)}
@@ -164,7 +166,9 @@ def placed(scope: Scope) -> Rows | None:
     return Rows(starts)
 
 
-def product(tensor: Tensor, left: Rows, right: Rows, out: Rows | None = None, shape: tuple[int, ...] = ()) -> BandedProduct:
+def product(
+    tensor: Tensor, left: Rows, right: Rows, out: Rows | None = None, shape: tuple[int, ...] = ()
+) -> BandedProduct:
     """The native form of a matched banded product; without `out` the result lies as the routine says."""
     assert tensor.source is not None
     args, expr = dict(tensor.source.args), tensor.source.expr

@@ -133,6 +133,13 @@ def blocks_of_features(weight_kcf: np.ndarray) -> np.ndarray:
     return padded.reshape(k, c, blocks, width()).transpose(2, 0, 1, 3)
 
 
+def vectors_of_channels(weight_tcf: np.ndarray) -> np.ndarray:
+    """[taps, F, C] from [taps, C, F], C padded with zeros to whole vectors."""
+    lanes = width() // 2
+    short = -weight_tcf.shape[1] % lanes
+    return np.pad(weight_tcf.transpose(0, 2, 1), ((0, 0), (0, 0), (0, short)))
+
+
 @dataclass(frozen=True)
 class Group:
     """Pixels that share weights: element offsets into the input and the output, which taps are inside (bits), weights [taps, c, f]."""
@@ -160,7 +167,7 @@ class Table:
 
 
 class WindowOperator(Operator):
-    """Direct sums over taps. `dot`: lanes run over channels, for few features (channels must be a multiple of the vector)."""
+    """Direct sums over taps. `dot`: lanes run over channels, for few features."""
 
     kind = 0
 
@@ -169,7 +176,7 @@ class WindowOperator(Operator):
         self.in_floats, self.out_floats, self.zeros = table.in_floats, table.out_floats, table.channels
         groups = (_Group * len(table.groups))()
         for c, g in zip(groups, table.groups, strict=True):
-            weight = g.weight_tcf.transpose(0, 2, 1) if dot else blocks_of_features(g.weight_tcf)
+            weight = vectors_of_channels(g.weight_tcf) if dot else blocks_of_features(g.weight_tcf)
             c.pixels, c.base, c.mask = len(g.base), self.at(g.base.astype(np.int32)), self.at(g.mask.astype(np.uint64))
             c.place, c.delta = self.at(g.place.astype(np.int32)), self.at(g.delta.astype(np.int64))
             c.weight = self.at(resident(weight.astype(np.float32)))
