@@ -224,7 +224,7 @@ def _reshaped(
         total, size = Affine(), 1
         for at in range(max(low, 0), i):
             total = total * new[at] + index[at]
-        for d in range(j - 1, high - 1, -1):
+        for d in range(j - 1, max(high, 0) - 1, -1):
             rest = floordiv(total, size, ranges)
             out.append(Affine() if old[d] == 1 else rest if d == high else remainder(rest, old[d], ranges))
             size *= old[d]
