@@ -132,7 +132,7 @@ def test_what_crosses_a_cut_is_not_part_of_an_expression():
 
     program = trace(shared, [torch.randn(4, 6), torch.randn(4, 6)]).program
     groups = [[program.nodes[i].op for i in g] for g in cut.subprograms(program)]
-    assert sorted(groups) == [["add"], ["permute", "matmul"], ["relu"]] or ["add", "relu"] not in groups
+    assert sorted(groups) == [["add"], ["permute", "matmul"], ["relu"]]
     assert not cut.pieces(program)  # a plain product is the library's
 
 

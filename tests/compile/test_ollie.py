@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wager.compile.ollie import definitions, dilation, inter, match, network, rules, search
+from wager.compile.ollie import definitions, dilation, inter, match, network, rules, search, sites
 from wager.compile.ollie.network import optimize
 from wager.compile.ollie.realize import Plan
 from wager.graph.derivation_log import load
@@ -298,14 +298,14 @@ def test_operators_that_read_one_value_are_joined(monkeypatch):
     model, inputs = Branches().eval(), [torch.randn(2, 8, 5, 6), torch.randn(4, 8)]
     traced = trace(model, inputs)
     monkeypatch.setattr(network, "quick_time", lambda run, rounds: 1.0)  # two products cost twice as much as one
-    rank = network._rank
+    rank = sites._rank
 
     def even(contenders, calls):
         rank(contenders, calls)
         for c in contenders:
             c.seconds = 1.0
 
-    monkeypatch.setattr(network, "_rank", even)
+    monkeypatch.setattr(sites, "_rank", even)
     found = optimize(traced.program, traced.constants, max_depth=0, keep=1, budget_s=1)
     assert sum("merge" in c.chosen or "merge" in c.path for c in found.choices) == 2
     for got, want in zip(found.executable(*inputs), model(*inputs), strict=True):
