@@ -178,7 +178,10 @@ def bandwidth(quick: bool, budget: float) -> tuple[list[Row], dict[str, Any]]:
         traced = freeze(trace(module, inputs))
         plain = Executable(traced.program, traced.constants)
         known = {i: v for i, v in enumerate(plain.values) if isinstance(v, Tensor)}
-        (fused,) = find_convolutions(plain.program, known)
+        convolutions = find_convolutions(plain.program, known)
+        if not convolutions:
+            continue
+        (fused,) = convolutions
         scope = expression(plain.program, fused)
         found = derive(scope, max_depth=3, targets=("matmul",), budget_s=budget / 4, keep=1)
         if not found.candidates:

@@ -103,6 +103,19 @@ def networks(quick: bool) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     return {name: (module.eval(), inputs) for name, (module, inputs) in found.items()}
 
 
+class DilatedBand(nn.Module):
+    """Scores of every row with its neighbours in steps of `dilation`, `width` to each side, in the gather form."""
+
+    def __init__(self, width: int, dilation: int):
+        super().__init__()
+        self.reach, self.dilation = width * dilation, dilation
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        padded = nn.functional.pad(k, (0, 0, self.reach, self.reach))
+        windows = padded.unfold(1, 2 * self.reach + 1, 1)[..., :: self.dilation]
+        return (q.unsqueeze(-1) * windows).sum(2)
+
+
 def single_operators(quick: bool) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     """The operator cases of the OLLIE sheet."""
     found: dict[str, tuple[nn.Module, list[Tensor]]] = {
@@ -124,6 +137,10 @@ def single_operators(quick: bool) -> dict[str, tuple[nn.Module, list[Tensor]]]:
         found["conv 5x5 32->1 224x224 b16"] = (
             nn.Conv2d(32, 1, 5, padding=2, bias=False),
             [torch.randn(16, 32, 224, 224)],
+        )
+        found["dilated band 8x1000x64 width 32 d4"] = (
+            DilatedBand(32, 4),
+            [torch.randn(8, 1000, 64), torch.randn(8, 1000, 64)],
         )
         found["dilated conv 3x3 d2 512->512 14x14"] = (
             nn.Conv2d(512, 512, 3, padding=2, dilation=2, bias=False),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wager.compile.ollie import definitions, inter, match, network, rules, search
+from wager.compile.ollie import definitions, dilation, inter, match, network, rules, search, sites
 from wager.compile.ollie.network import optimize
 from wager.compile.ollie.realize import Plan
 from wager.graph.derivation_log import load
@@ -298,14 +298,14 @@ def test_operators_that_read_one_value_are_joined(monkeypatch):
     model, inputs = Branches().eval(), [torch.randn(2, 8, 5, 6), torch.randn(4, 8)]
     traced = trace(model, inputs)
     monkeypatch.setattr(network, "quick_time", lambda run, rounds: 1.0)  # two products cost twice as much as one
-    rank = network._rank
+    rank = sites._rank
 
     def even(contenders, calls):
         rank(contenders, calls)
         for c in contenders:
             c.seconds = 1.0
 
-    monkeypatch.setattr(network, "_rank", even)
+    monkeypatch.setattr(sites, "_rank", even)
     found = optimize(traced.program, traced.constants, max_depth=0, keep=1, budget_s=1)
     assert sum("merge" in c.chosen or "merge" in c.path for c in found.choices) == 2
     for got, want in zip(found.executable(*inputs), model(*inputs), strict=True):
@@ -324,8 +324,8 @@ def test_a_dilated_convolution_becomes_an_ordinary_one():
     want = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), w, None, 1, 2, 2).permute(0, 2, 3, 1)
     torch.testing.assert_close(Plan(wanted[0].scope, {"K": w})({"A": x}), want, atol=1e-4, rtol=1e-4)
     odd = definitions.conv((1, 7, 7, 2), (2, 2, 3, 3), (1, 1), (2, 2), (2, 2))
-    assert not list(rules.undilate(odd)) and not list(
-        rules.undilate(definitions.conv((1, 6, 6, 2), (2, 2, 3, 3), (1, 1), (1, 1), (1, 1)))
+    assert not list(dilation.undilate(odd)) and not list(
+        dilation.undilate(definitions.conv((1, 6, 6, 2), (2, 2, 3, 3), (1, 1), (1, 1), (1, 1)))
     )
 
 

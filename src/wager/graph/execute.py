@@ -69,6 +69,9 @@ def operator(node: Node) -> Callable[..., Tensor]:
         "expand": lambda x: x.expand(attrs["shape"]),
         "concat": lambda *xs: torch.cat(xs, attrs["dim"]),
         "prelu": F.prelu,
+        "pad": lambda x: F.pad(x, [w for low_high in reversed(attrs["widths"]) for w in low_high]),
+        "slice": lambda x: x[(slice(None),) * attrs["dim"] + (slice(attrs["start"], attrs["end"], attrs["step"]),)],
+        "unfold": lambda x: x.unfold(attrs["dim"], attrs["size"], attrs["step"]),
         "max_pool": lambda x: F.max_pool2d(x, attrs["kernel"], attrs["stride"], attrs["padding"]),
     }
     if op not in table:

@@ -60,6 +60,8 @@ def apply(node: Node, args: Sequence[Any], domain: Any, lead: int = 0) -> Any:
         return domain.move(lambda x: x.transpose(attrs["order"]), args[0])
     if op == "expand":
         return domain.move(lambda x: np.broadcast_to(x, attrs["shape"]), args[0])
+    if op in ("pad", "slice", "unfold"):
+        return domain.move(lambda x: part(op, x, attrs), args[0])
     if op == "concat":
         return domain.combine(lambda xs: np.concatenate(xs, axis=attrs["dim"]), list(args))
     return _network_operator(node, args, domain)
@@ -135,6 +137,20 @@ def _convolution(node: Node, args: Sequence[Any], domain: Any) -> Any:
     if len(args) > 2:
         out = domain.binary("add", out, domain.move(lambda b: b.reshape(1, f, 1, 1), args[2]))
     return out
+
+
+def part(op: str, x: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    """What pad, slice and unfold do to an array."""
+    if op == "pad":
+        return np.pad(x, attrs["widths"])
+    if op == "slice":
+        at = [slice(None)] * x.ndim
+        at[attrs["dim"]] = slice(attrs["start"], attrs["end"], attrs["step"])
+        return x[tuple(at)]
+    windows = np.lib.stride_tricks.sliding_window_view(x, attrs["size"], axis=attrs["dim"])
+    at = [slice(None)] * windows.ndim
+    at[attrs["dim"]] = slice(None, None, attrs["step"])
+    return windows[tuple(at)]
 
 
 def root_mean_square(x: Any, axes: tuple[int, ...], domain: Any) -> Any:

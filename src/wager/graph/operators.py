@@ -126,6 +126,23 @@ def _concat(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
     return (*shapes[0][:dim], sum(s[dim] for s in shapes), *shapes[0][dim + 1 :])
 
 
+def _pad(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
+    return tuple(s + low + high for s, (low, high) in zip(shapes[0], attrs["widths"], strict=True))
+
+
+def _slice(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
+    d, size = attrs["dim"], max(0, -(-(attrs["end"] - attrs["start"]) // attrs["step"]))
+    return (*shapes[0][:d], size, *shapes[0][d + 1 :])
+
+
+def _unfold(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
+    """Windows of `size` along `dim`, `step` apart; the place in the window is a new last dimension."""
+    d, size = attrs["dim"], attrs["size"]
+    if not 0 < size <= shapes[0][d]:
+        raise ShapeError(f"windows of {size} along dimension {d} of {shapes[0]}")
+    return (*shapes[0][:d], (shapes[0][d] - size) // attrs["step"] + 1, *shapes[0][d + 1 :], size)
+
+
 SHAPES: dict[str, Callable[[Sequence[Shape], Mapping[str, Any]], Shape]] = {
     "matmul": lambda s, a: matmul_shape(s[0], s[1]),
     "sum": lambda s, a: reduced(s[0], a.get("dim", -1), a.get("width", 1)),
@@ -142,6 +159,9 @@ SHAPES: dict[str, Callable[[Sequence[Shape], Mapping[str, Any]], Shape]] = {
     "max_pool": _pool,
     "concat": _concat,
     "prelu": lambda s, a: s[0],
+    "pad": _pad,
+    "slice": _slice,
+    "unfold": _unfold,
 }
 
 

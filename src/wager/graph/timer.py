@@ -32,19 +32,26 @@ class Timing:
 def time_together(
     contenders: Mapping[str, Callable[[], Any]], *, rounds: int = 20, warmup: int = 3, budget_s: float = 5.0
 ) -> Timing:
-    """Interleaved medians. Stops after `rounds`, or when `budget_s` is spent and five rounds are done."""
+    """Interleaved medians. Stops after `rounds`, or when `budget_s` is spent and five rounds are done.
+
+    A contender never follows itself or its twin: it would find its data in the cache, the others would not.
+    """
     first = next(iter(contenders))
     runs = {**contenders, "": contenders[first]}
+    between = next((run for name, run in contenders.items() if name != first), None)
     for run in contenders.values():
         for _ in range(warmup):
             run()
     samples: dict[str, list[float]] = {name: [] for name in runs}
     start, done = time.perf_counter(), 0
-    names = list(runs)
+    names, previous = list(runs), None
     while done < rounds and (done < 5 or time.perf_counter() - start < budget_s):
         for name in names[done % len(names) :] + names[: done % len(names)]:
+            if runs[name] is previous and between is not None:
+                between()
+            previous = runs[name]
             begin = time.perf_counter()
-            runs[name]()
+            previous()
             samples[name].append(time.perf_counter() - begin)
         done += 1
     medians = {name: statistics.median(values) for name, values in samples.items()}

@@ -74,6 +74,15 @@ def banded_matmul(heads: int, length: int, features: int, width: int, dilation: 
     return pad_for(Scope(loops, (("k", 0, features),), body))
 
 
+def banded_sum(heads: int, length: int, features: int, width: int, dilation: int = 1) -> Scope:
+    """out[b,m,k] = sum over w of A[b,m,w] * B[b, m + dilation*(w - width), k]: a band times a matrix; rows outside are zero."""
+    a, b = Tensor("A", (heads, length, 2 * width + 1)), Tensor("B", (heads, length, features))
+    row = it("m") + it("w") * dilation - dilation * width
+    body = Call("mul", (Read(a, (it("b"), it("m"), it("w"))), Read(b, (it("b"), row, it("k")))))
+    loops = (("b", 0, heads), ("m", 0, length), ("k", 0, features))
+    return pad_for(Scope(loops, (("w", 0, 2 * width + 1),), body))
+
+
 def with_epilogue(scope: Scope, bias: bool, activation: str = "", attrs: tuple[tuple[str, float], ...] = ()) -> Scope:
     """activation(scope + bias) over the last loop; one more stage, computed inside the generated kernel."""
     index = tuple(it(n) for n, _, _ in scope.loops)

@@ -47,7 +47,7 @@ def forms(windows: Windows, kernel: np.ndarray) -> list[Form]:
     lanes, channels, features = width() // 2, windows.channel[2], windows.feature[2]
     found = []
     whole = channels % lanes == 0
-    few = whole and features < FEW_FEATURES
+    few = channels >= lanes // 2 and features < FEW_FEATURES
     if not few or features >= lanes:
         found.append(Form("windows", lambda w, how: WindowOperator(tabulate(w, kernel), how), 0.0, True))
     if few:

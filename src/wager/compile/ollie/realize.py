@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wager.compile.ollie import banded
 from wager.graph import expression as ex
 from wager.graph.expression import Read, Scope
+from wager.graph.lower.banded import Rows
 from wager.graph.lower.eoperator import EOperator, is_identity, leaf_tensors
 from wager.graph.lower.library import NativeKernel
 from wager.graph.program import BlockBuilder, Node
@@ -59,6 +61,10 @@ class Plan:
             source = self._tensor(scope.body.object)
             shape = scope.shape
             return self._add(Step(name, "view", lambda x: x.reshape(shape), (source,)))
+        rows = banded.placed(scope)
+        if rows is not None:
+            assert isinstance(scope.body, Read) and isinstance(scope.body.object, ex.Tensor)
+            return self._banded(name, scope.body.object, rows, scope.shape)
         leaves = leaf_tensors(scope)
         sources = tuple(self._tensor(t) for t in leaves)
         return self._add(Step(name, "eoperator", EOperator(scope, leaves), sources))
@@ -76,6 +82,8 @@ class Plan:
             return tensor.name
         if routine.kind == "eoperator":
             return self._compute(tensor.name, routine.expr)
+        if routine.kind == "banded":
+            return self._banded(tensor.name, tensor, None, tensor.shape)
         left, right = (self._tensor(t) for t in routine.inputs)
         if routine.kind == "conv":
             args = dict(routine.args)
@@ -97,6 +105,13 @@ class Plan:
             form, run = best_product(m, b)
             return self._add(Step(tensor.name, f"matmul ({form})", run, (left,)))
         return self._add(Step(tensor.name, "matmul (torch)", torch.matmul, (left, right)))
+
+    def _banded(self, name: str, tensor: ex.Tensor, out: Rows | None, shape: tuple[int, ...]) -> str:
+        """A banded product; operands are read where their rows lie, and are laid out anew only where those are no runs."""
+        assert tensor.source is not None
+        held = [banded.rows_of(t) or (t, Rows.contiguous(*t.shape)) for t in tensor.source.inputs]
+        run = banded.product(tensor, held[0][1], held[1][1], out, shape)
+        return self._add(Step(name, "banded", run, tuple(self._tensor(t) for t, _ in held)))
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         values = {**self.known, **inputs}

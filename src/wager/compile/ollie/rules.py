@@ -14,7 +14,6 @@ from wager.graph.expression import (
     Body,
     Call,
     Read,
-    Routine,
     Scope,
     Tensor,
     extents,
@@ -95,63 +94,6 @@ def split_loop(scope: Scope, k: int = 4) -> Iterator[Step]:
         for n, _, _ in inner.loops:
             index += [floordiv(it(n), k), remainder(it(n), k)] if n == name else [it(n)]
         yield f"1 split loop {name} by {k}", wrap(scope, new, index)
-
-
-def undilate(scope: Scope) -> Iterator[Step]:
-    """1 and 7: where windows skip (x + k*r), the loop becomes (x1, x2) with x = k*x1 + x2 and the tensor's dimension (quotient, remainder).
-
-    The window is then dense in the quotient, and the remainder only counts, like the images of a batch. Refused where k does not divide
-    the dimension, the loop or the offset, or the loop occurs elsewhere.
-    """
-    inner = stages(scope)[-1]
-    loops = {n: (a, b) for n, a, b in inner.loops}
-    everywhere = [i for r in reads(inner.body) for i in r.index]
-    for read in reads(inner.body):
-        if not isinstance(read.object, Tensor):
-            continue
-        for d, index in enumerate(read.index):
-            names = [str(n) for n, c in index.terms if n in loops and c == 1] if index.plain else []
-            steps = {c for n, c in index.terms if n not in loops}
-            k = min(steps, default=1)
-            size, free = read.object.shape[d], len(names) == 1 and len(index.terms) == len(steps) + 1
-            if k < 2 or not free or any(c % k for c in steps) or size % k or index.const % k:
-                continue
-            low, high = loops[names[0]]
-            if low or high % k or sum(names[0] in i.iterators for i in everywhere) != 1:
-                continue
-            yield f"7 {read.object.name} by {k} along {d}", _undilated(scope, inner, read, d, names[0], k)
-
-
-def _undilated(scope: Scope, inner: Scope, read: Read, d: int, name: str, k: int) -> Scope:
-    a, b = fresh(scope, 2)
-    at = next(i for i, v in enumerate(inner.loops) if v[0] == name)
-    _, low, high = inner.loops[at]
-    loops = (*inner.loops[:at], (a, 0, high // k), (b, 0, k), *inner.loops[at + 1 :])
-    rest = read.index[d] - it(name)
-    quotient = it(a) + Affine(tuple((n, c // k) for n, c in rest.terms), rest.const // k)
-    index = (*read.index[:d], quotient, it(b), *read.index[d + 1 :])
-    moved = Read(_by_remainder(read.object, d, k), index)
-    body = map_reads(inner.body, lambda r: moved if r == read else r)
-    place = [it(n) for n, _, _ in inner.loops]
-    place[at : at + 1] = [floordiv(it(name), k), remainder(it(name), k)]
-    return wrap(scope, Scope(loops, inner.sums, body), place)
-
-
-def _by_remainder(thing: Tensor | Scope, d: int, k: int) -> Tensor:
-    """The tensor with dimension d as (quotient, remainder) by k: a generated re-layout of what it is made from."""
-    assert isinstance(thing, Tensor)
-    shape = (*thing.shape[:d], thing.shape[d] // k, k, *thing.shape[d + 1 :])
-    pads = (*thing.padding[:d], -(-thing.padding[d] // k), 0, *thing.padding[d + 1 :])
-    loops = tuple((f"l{i}", 0, s) for i, s in enumerate(shape))
-    index = [it(n) for n, _, _ in loops]
-    index[d : d + 2] = [index[d] * k + index[d + 1]]
-    bare: Body = Read(replace(thing, pads=()), tuple(index))
-    if thing.source is not None and thing.source.kind == "eoperator":
-        old = thing.source.expr
-        by = {n: i for (n, _, _), i in zip(old.loops, index, strict=True)}
-        bare = substitute(old.body, by, {n: (a, b) for n, a, b in loops})
-    expr = Scope(loops, (), bare)
-    return Tensor(f"{thing.name}_{d}by{k}", shape, pads, Routine("eoperator", expr, tuple(tensors(bare))))
 
 
 def merge_variables(scope: Scope) -> Iterator[Step]:

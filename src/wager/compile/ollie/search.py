@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from wager.compile.ollie import match, rules
+from wager.compile.ollie import dilation, match, rules
+from wager.compile.ollie.banded import match_banded
 from wager.graph.expression import OutOfRange, Read, Scope, Tensor, evaluate, fingerprint, inputs_of, reads
 
 MATCHERS: dict[str, Callable[[Scope, str], Iterator[tuple[str, Scope]]]] = {
     "matmul": match.match_matmul,
     "conv": match.match_conv,
+    "banded": match_banded,
 }
 """Library operators that guided derivation aims at; add (expression, tag) -> matches to teach it another."""
 
@@ -71,7 +73,8 @@ def successors(scope: Scope, path: tuple[str, ...]) -> Iterator[tuple[str, Scope
 
     if used("1") < LIMITS["1"]:
         yield from rules.split_sum(scope)
-    yield from rules.undilate(scope)
+    yield from dilation.undilate(scope)
+    yield from dilation.residues(scope)
     yield from rules.merge_variables(scope)
     if used("3") < LIMITS["3"]:
         yield from rules.split_stage(scope)
@@ -83,7 +86,7 @@ def derive(
     scope: Scope,
     *,
     max_depth: int = 6,
-    targets: tuple[str, ...] = ("matmul", "conv"),
+    targets: tuple[str, ...] = ("matmul", "conv", "banded"),
     budget_s: float = 20.0,
     max_states: int = 20_000,
     keep: int = 16,

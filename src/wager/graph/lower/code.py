@@ -39,6 +39,10 @@ BINARY_CODE = {
 }
 
 
+VECTOR_FORMS = frozenset(("exp", "square", "silu", "relu", "sigmoid", "neg", "scale", "shift", "reciprocal"))
+"""Functions whose C++ text also works on whole AVX-512 vectors."""
+
+
 def number(value: float) -> str:
     """A C++ float literal body that reads back exactly (the `f` suffix is added by the caller)."""
     text = repr(float(value))
@@ -49,6 +53,18 @@ def unary_code(op: str, x: str, attrs: dict) -> str:
     if op not in UNARY_CODE:
         raise UsageError(f"operator {op!r} has no C++ form")
     return "(" + UNARY_CODE[op].format(x=x, **{k: number(v) for k, v in attrs.items()}) + ")"
+
+
+def epilogue_type(name: str, chain: Sequence[tuple[str, dict]]) -> str:
+    """The C++ type that tells a product (gemm.h) to apply these functions, first to last, to every finished entry."""
+    value = "x"
+    for op, attrs in chain:
+        value = unary_code(op, value, attrs)
+    scalar = f"static inline float on(float x) {{ return {value}; }}"
+    if not all(op in VECTOR_FORMS for op, _ in chain):
+        return f"struct {name} {{ static constexpr bool active = true, vectors = false; {scalar} }};\n"
+    vector = f"static inline vec on(vec x) {{ return {value}; }}"
+    return f"struct {name} {{ static constexpr bool active = true, vectors = VECTOR == 16; {scalar}\n#if defined(__AVX512F__)\n{vector}\n#endif\n}};\n"
 
 
 def strides(shape: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wager.errors import UsageError
-from wager.graph.lower.code import BINARY_CODE, number, ordered_strides, panel_width, unary_code
+from wager.graph.lower.code import BINARY_CODE, epilogue_type, number, ordered_strides, panel_width, unary_code
 from wager.graph.lower.tiles import Layout, Tiles, product_form, row_major, vector_operations
 from wager.graph.operators import BINARY, UNARY, Shape
 from wager.graph.program import BlockGraph, Node
@@ -250,13 +250,8 @@ class _Emitter:
         while nodes[at].op != "matmul":
             chain.append(nodes[at])
             at = nodes[at].inputs[0]
-        value = "x"
-        for node in reversed(chain):
-            value = unary_code(node.op, value, dict(node.attrs))
         name = f"{self.name}_e{i}"
-        self.types.append(
-            f"struct {name} {{ static constexpr bool active = true; static inline float on(float x) {{ return {value}; }} }};\n"
-        )
+        self.types.append(epilogue_type(name, [(n.op, dict(n.attrs)) for n in reversed(chain)]))
         self._matmul(nodes[at], self.views[i], "false", name)
 
     def _accumulate(self, i: int) -> None:

@@ -1,9 +1,10 @@
-// Matrix products on strided tiles, blocked for registers. E is what is done to an element of C when its sum is complete.
+// Matrix products on strided tiles, blocked for registers. E is what is done to an element of C when its sum is complete; with E::vectors a
+// whole register of them at a time, before they are stored.
 #pragma once
 #include "functions.h"
 
 struct wg_as_is {
-    static constexpr bool active = false;
+    static constexpr bool active = false, vectors = false;
     static inline float on(float x) { return x; }
 };
 
@@ -37,9 +38,13 @@ static inline void wg_micro(long K, const float* A, long ar, long ac, const floa
             }
         }
     }
+    if constexpr (E::vectors)
+        if (last)
+            for (int i = 0; i < MR; i++)
+                for (int j = 0; j < NR; j++) c[i][j] = E::on(c[i][j]);
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NR; j++) *(vec*)(C + i * ldc + j * VECTOR) = c[i][j];
-    if (E::active && last)
+    if (E::active && !E::vectors && last)
         for (int i = 0; i < MR; i++) {
             float* row = C + i * ldc;
 #pragma omp simd

@@ -25,6 +25,7 @@ from wager.graph.interpret import cut_tiles
 from wager.graph.lower.code import inner_last, panel_width
 from wager.graph.lower.cpp import HEADERS, block_source, panels
 from wager.graph.lower.layout import packed_arguments
+from wager.graph.lower.pages import resident
 from wager.graph.lower.peel import peel
 from wager.graph.lower.tiles import Layout, Order, row_major
 from wager.graph.operators import Shape
@@ -170,7 +171,7 @@ class NativeKernel:
             lead, rank = tiles.ndim - len(node.shape), len(node.shape)
             order = inner_last(rank, self.generated.layout.inner[at])
             tiles = tiles.transpose(*range(lead), *(lead + d for d in order))
-        return torch.from_numpy(tiles.copy()).contiguous()
+        return torch.from_numpy(resident(tiles))
 
     def __call__(self, *args: Tensor, out: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The arguments that are not bound, in order."""

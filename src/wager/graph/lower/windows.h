@@ -26,7 +26,7 @@ struct Group {  // pixels that share their weights
 struct Window {
     long repeats, in_step, out_step;  // whole copies of the tables, e.g. the images of a batch
     long groups, taps, channels, features, feature_step;
-    long dot;  // 1: lanes run over channels (few features), weights [tap][feature][channel]; 0: over features, weights [block][tap][c][WIDTH]
+    long dot;  // 1: lanes run over channels (few features), weights [tap][feature][channel, padded to vectors]; 0: over features, weights [block][tap][c][WIDTH]
     const Group* group;
     Epilogue epilogue;
 };
@@ -52,16 +52,16 @@ static inline void wg_map(float* x, long n, F f) {
 }
 static inline void wg_activate_row(float* x, long n, long activation, const float* slope) {
     switch (activation) {
-        case RELU: wg_map(x, n, wg_relu); break;
+        case RELU: wg_map(x, n, [](float v) { return wg_relu(v); }); break;
         case PRELU:
 #pragma omp simd
             for (long i = 0; i < n; i++) x[i] = x[i] > 0.0f ? x[i] : x[i] * slope[i];
             break;
-        case TANH: wg_map(x, n, wg_tanh); break;
-        case SIGMOID: wg_map(x, n, wg_sigmoid); break;
-        case SILU: wg_map(x, n, wg_silu); break;
-        case GELU: wg_map(x, n, wg_gelu); break;
-        case GELU_TANH: wg_map(x, n, wg_gelu_tanh); break;
+        case TANH: wg_map(x, n, [](float v) { return wg_tanh(v); }); break;
+        case SIGMOID: wg_map(x, n, [](float v) { return wg_sigmoid(v); }); break;
+        case SILU: wg_map(x, n, [](float v) { return wg_silu(v); }); break;
+        case GELU: wg_map(x, n, [](float v) { return wg_gelu(v); }); break;
+        case GELU_TANH: wg_map(x, n, [](float v) { return wg_gelu_tanh(v); }); break;
         default: break;
     }
 }
@@ -156,22 +156,35 @@ static inline float wg_sum(vec x) {
     return s[0];
 }
 
+// A vector of which only the first n entries exist; the others are zero.
+static inline vec wg_load(const float* x, long n) {
+    if (n >= VECTOR) return *(const vec*)x;
+#if defined(__AVX512F__)
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), x);
+#else
+    float some[VECTOR] = {};
+    for (long i = 0; i < n; i++) some[i] = x[i];
+    return *(const vec*)some;
+#endif
+}
+
 // Few features: MR pixels times NF features of sums over channel vectors, starting at feature f.
 template <int MR, int NF>
 static void wg_dot(const Window& w, const Group& g, const float* in, const float* zeros, long at, long f, float* out) {
     vec c[MR][NF] = {};
+    const long padded = (w.channels + VECTOR - 1) / VECTOR * VECTOR;
     uint64_t any = 0;
     for (int i = 0; i < MR; i++) any |= g.mask[at + i];
     for (long t = 0; t < w.taps; t++) {
         if (!(any >> t & 1)) continue;
         const float* a[MR];
         for (int i = 0; i < MR; i++) a[i] = g.mask[at + i] >> t & 1 ? in + g.base[at + i] + g.delta[t] : zeros;
-        const float* B = g.weight + (t * w.features + f) * w.channels;
+        const float* B = g.weight + (t * w.features + f) * padded;
         for (long k = 0; k < w.channels; k += VECTOR) {
             vec b[NF];
-            for (int j = 0; j < NF; j++) b[j] = *(const vec*)(B + j * w.channels + k);
+            for (int j = 0; j < NF; j++) b[j] = *(const vec*)(B + j * padded + k);
             for (int i = 0; i < MR; i++) {
-                const vec x = *(const vec*)(a[i] + k);
+                const vec x = wg_load(a[i] + k, w.channels - k);
                 for (int j = 0; j < NF; j++) c[i][j] += x * b[j];
             }
         }

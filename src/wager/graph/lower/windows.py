@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wager.graph.lower import filtering
 from wager.graph.lower.library import compile_source
+from wager.graph.lower.pages import resident
 
 ACTIVATIONS = {n: i for i, n in enumerate(("", "relu", "prelu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh"))}
 POINTER, LONG = ctypes.c_void_p, ctypes.c_long
@@ -117,19 +118,10 @@ class Operator:
             full = np.zeros(padded, np.float32)
             if values is not None:
                 full[:features] = values
-            return self.at(aligned(full))
+            return self.at(resident(full))
 
         slope = row(how.slope) if how.slope is not None else None
         return _Epilogue(row(how.bias), slope, ACTIVATIONS[how.activation])
-
-
-def aligned(x: np.ndarray) -> np.ndarray:
-    """A contiguous copy that starts on a cache line."""
-    raw = np.empty(x.nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    out = raw[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
-    out[...] = x
-    return out
 
 
 def blocks_of_features(weight_kcf: np.ndarray) -> np.ndarray:
@@ -139,6 +131,13 @@ def blocks_of_features(weight_kcf: np.ndarray) -> np.ndarray:
     padded = np.zeros((k, c, blocks * width()), np.float32)
     padded[:, :, :f] = weight_kcf
     return padded.reshape(k, c, blocks, width()).transpose(2, 0, 1, 3)
+
+
+def vectors_of_channels(weight_tcf: np.ndarray) -> np.ndarray:
+    """[taps, F, C] from [taps, C, F], C padded with zeros to whole vectors."""
+    lanes = width() // 2
+    short = -weight_tcf.shape[1] % lanes
+    return np.pad(weight_tcf.transpose(0, 2, 1), ((0, 0), (0, 0), (0, short)))
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ class Table:
 
 
 class WindowOperator(Operator):
-    """Direct sums over taps. `dot`: lanes run over channels, for few features (channels must be a multiple of the vector)."""
+    """Direct sums over taps. `dot`: lanes run over channels, for few features."""
 
     kind = 0
 
@@ -177,10 +176,10 @@ class WindowOperator(Operator):
         self.in_floats, self.out_floats, self.zeros = table.in_floats, table.out_floats, table.channels
         groups = (_Group * len(table.groups))()
         for c, g in zip(groups, table.groups, strict=True):
-            weight = g.weight_tcf.transpose(0, 2, 1) if dot else blocks_of_features(g.weight_tcf)
+            weight = vectors_of_channels(g.weight_tcf) if dot else blocks_of_features(g.weight_tcf)
             c.pixels, c.base, c.mask = len(g.base), self.at(g.base.astype(np.int32)), self.at(g.mask.astype(np.uint64))
             c.place, c.delta = self.at(g.place.astype(np.int32)), self.at(g.delta.astype(np.int64))
-            c.weight = self.at(aligned(weight.astype(np.float32)))
+            c.weight = self.at(resident(weight.astype(np.float32)))
         taps = len(table.groups[0].delta)
         self.structure = _Window(
             *(table.repeats, table.in_step, table.out_step, len(groups), taps, table.channels, table.features),
@@ -247,7 +246,7 @@ class WinogradOperator(Operator):
         threads = max(torch.get_num_threads(), 1)
         block = min(private if alone else max(48, SHARED_FLOATS // per_tile), len(tiles))
         scratch = np.zeros((threads if alone else 1) * points * (block * (channels + padded) + 32), np.float32)
-        weights = [aligned(self._pack(filtering.transform_weights(w, tile))) for w in what.weights_rscf]
+        weights = [resident(self._pack(filtering.transform_weights(w, tile))) for w in what.weights_rscf]
         lattices = np.array([[getattr(x, n) for n in Lattice.__dataclass_fields__] for x in what.lattices], np.int64)
         self.kept += weights
         self.structure = _Winograd(
@@ -259,7 +258,7 @@ class WinogradOperator(Operator):
                 self.at(start),
                 self.at((POINTER * len(weights))(*(w.ctypes.data for w in weights))),
             ),
-            *(self.at(lattices), self.at(tiles), self.at(aligned(scratch)), self.epilogue(how, features)),
+            *(self.at(lattices), self.at(tiles), self.at(resident(scratch)), self.epilogue(how, features)),
         )
 
     @staticmethod
@@ -285,8 +284,8 @@ class Chain:
     def __init__(self, operators: Sequence[Operator], shape: Sequence[int]):
         self.operators, self.shape, self.lock = list(operators), tuple(shape), threading.Lock()
         self.function, self.threads = library().wager_chain, max(torch.get_num_threads(), 1)
-        self.between = [aligned(np.zeros(op.out_floats, np.float32)) for op in self.operators[:-1]]
-        self.zeros = aligned(np.zeros(max([op.zeros for op in self.operators] + [1]) + 32, np.float32))
+        self.between = [resident(np.zeros(op.out_floats, np.float32)) for op in self.operators[:-1]]
+        self.zeros = resident(np.zeros(max([op.zeros for op in self.operators] + [1]) + 32, np.float32))
         self.calls = (_Operation * len(self.operators))(
             *(_Operation(op.kind, i, i + 1, ctypes.addressof(op.structure)) for i, op in enumerate(self.operators))
         )
