@@ -99,8 +99,20 @@ class TreeChoice:
             row = 0 if node is None else node + 1
 
     def tree(self, batch: int, greedy: bool) -> GrowMap:
+        """What to grow for a request in a batch of this size."""
         if self.fixed is not None:
             return self.fixed
+        self._last = (batch, self._plan(batch, greedy))
+        return self._last[1]
+
+    def room(self, batch: int) -> int:
+        """Nodes of the largest tree given out at this batch size; greedy requests count only once there were any, sampled ones too."""
+        if self.fixed is not None:
+            return len(self.fixed)
+        kinds = [greedy for greedy, counter in self.counters.items() if counter.decisions] or list(self.counters)
+        return max(len(self._plan(batch, greedy)) for greedy in kinds)
+
+    def _plan(self, batch: int, greedy: bool) -> GrowMap:
         assert self.profile is not None
         decisions = sum(counter.decisions for counter in self.counters.values())
         if decisions >= self._next_plan:
@@ -114,7 +126,6 @@ class TreeChoice:
                 self.counters[greedy].p.tolist(), self.profile, batch=size, max_size=self.max_size, max_depth=self.max_depth,
                 max_branch=self.width, always=True,
             )  # fmt: skip
-        self._last = (batch, self._plans[greedy, size])
         return self._plans[greedy, size]
 
 
@@ -132,6 +143,9 @@ class SequoiaDrafter:
     @property
     def max_depth(self) -> int:
         return self.choice.deepest
+
+    def room(self, batch: int) -> int:
+        return self.choice.room(batch)
 
     def propose(
         self, requests: Sequence[Request], nodes: Sequence[int], depths: Sequence[int]

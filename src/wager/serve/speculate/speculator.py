@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from wager.errors import UsageError
 from wager.serve.policies import ScheduledSpan
 from wager.serve.request import Request
-from wager.serve.speculate.drafter import Drafter, TimedDrafter
+from wager.serve.speculate.drafter import Drafter, SizedDrafter, TimedDrafter
 from wager.serve.speculate.gate import Gate
 from wager.serve.token_tree import TokenTree
 
@@ -52,7 +52,11 @@ class Speculator:
         if self.disable_above is not None and num_running > self.disable_above:
             return 0
         self._open = {n: n not in self.gates or self.gates[n].open_for(num_running) for n in self.drafters}
-        return max((self.drafters[name].num_tokens for name, open_ in self._open.items() if open_), default=0)
+        return max((self._nodes(name, num_running) for name, open_ in self._open.items() if open_), default=0)
+
+    def _nodes(self, name: str, num_running: int) -> int:
+        drafter = self.drafters[name]
+        return drafter.room(max(num_running, 1)) if isinstance(drafter, SizedDrafter) else drafter.num_tokens
 
     def propose(self, spans: Sequence[ScheduledSpan], num_running: int) -> dict[str, TokenTree]:
         """Trees by request id, for those of the spans that have room for guesses."""
