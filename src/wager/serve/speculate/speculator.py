@@ -27,6 +27,7 @@ class Speculator:
         self._pending: dict[str, str] = {}  # request id -> method of its unverified proposal
         self._accepted: list[tuple[str, str, int]] = []
         self._open: dict[str, bool] = {}
+        self._drafted_before: set[str] = set()
 
     @property
     def num_tokens(self) -> int:
@@ -87,10 +88,12 @@ class Speculator:
     def measured(self, num_running: int, step_ms: float, prefilling: bool) -> None:
         """A step ended; learn from it."""
         accepted, self._accepted = self._accepted, []
+        drafted, before = {id_ for _, id_, _ in accepted}, self._drafted_before
+        self._drafted_before = drafted
         if prefilling or not num_running:
             return
         methods = {method for method, _, _ in accepted}
-        if len(methods) == 1 and len(accepted) == num_running:
+        if len(methods) == 1 and len(accepted) == num_running and drafted <= before:  # nobody caught up
             drafter = self.drafters[methods.pop()]
             if isinstance(drafter, TimedDrafter):
                 drafter.timed(num_running, step_ms)
