@@ -29,7 +29,8 @@ LOOK_STEPS = 5  # of each arm at first
 DOUBT = 4  # measurements that a trial leaves of what was known of the losing arm: what it finds counts
 TIME_WEIGHT = 0.1  # of a new measurement in a running average
 GAIN_WEIGHT = 0.05  # of a step's accepted guesses: they vary more than times
-MARGIN = 0.02  # of a plain step, by which the other arm must be better before the choice changes
+WORTHWHILE = 0.05  # more tokens per second that drafting must bring to be switched on; it stays on until it brings none. Near break-even
+# it is not worth its trouble: guesses that only some requests get right part them, and the last finish in a small batch
 BELIEF = 8  # steps of a request that weigh as much as what is known of the others
 MEMORY = 24  # of its last steps count
 MARGINAL = 0.5  # of the extra time per drafting request that one more request costs
@@ -61,7 +62,7 @@ class BatchArm:
     drafted_ms: Average = field(default_factory=Average)
     accepted: Average = field(default_factory=Average)
     drafting: Average = field(default_factory=Average)
-    drafts: bool = True  # whether drafting wins, as far as is known
+    drafts: bool = False  # the choice, once both arms were seen
     wait: int = FIRST_WAIT
     since: int = 0
     trial: int = 0
@@ -82,10 +83,8 @@ class BatchArm:
 
     def decide(self, batch: int) -> bool:
         """Choose anew; whether that changed the choice."""
-        gain, margin = self.gain_ms(batch), MARGIN * self.plain_ms.value
-        before = self.drafts
-        if abs(gain) > margin:
-            self.drafts = gain > 0
+        before, least_ms = self.drafts, 0.0 if self.drafts else WORTHWHILE * self.drafted_ms.value
+        self.drafts = self.gain_ms(batch) > least_ms
         return self.drafts != before
 
     def loss_ms(self, batch: int, step_ms: float, accepted: int) -> float:

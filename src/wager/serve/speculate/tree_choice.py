@@ -1,9 +1,8 @@
 """Which token tree to grow at which batch size: planned from measured times and counted acceptance, corrected by the steps themselves.
 
-The profile that an engine measures when it starts says how times grow with the tree; the steps of real requests say what they are. For
-each batch size and number of nodes a running average of real steps is kept. A tree never tried is priced by the profile times what real
-steps of this batch size took beyond it, so a tree that turns out dearer than it was priced gives way to one that may be cheaper, until
-the best of those that were tried is better than the rest could be.
+The profile that an engine measures when it starts says which tree should be fastest; the steps of real requests say which is. For each
+batch size and number of guesses a running average of real steps is kept. The choice begins at the planned tree, tries its neighbours in
+size for some steps, moves to the better one, and so on until both neighbours are worse.
 """
 
 from __future__ import annotations
@@ -17,29 +16,29 @@ from wager.serve.speculate.hardware_profile import HardwareProfile
 from wager.serve.speculate.tree_plan import GrowMap, plan_trees
 
 FIRST_REPLAN, MAX_REPLAN = 64, 4096  # decisions between two plans
-BELIEF, MOST_BELIEF = 4, 64  # measured steps that weigh as much as the price; beyond the most they weigh no more
-SWITCH = 1.03  # how much faster another tree must promise to be
+TRIES = 8  # measured steps that say what a tree takes
+MOST_GIVEN = 4 * TRIES  # steps given to a neighbour at most, where they are not measured
+SWITCH = 1.02  # how much faster a neighbour must be
 
 
 @dataclass
 class StepTimes:
-    """Real steps of one batch size. over: their time over the price. of: by number of guesses."""
+    """Real steps of one batch size, by number of guesses. given: how often a tree of that size was grown."""
 
-    over: Average = field(default_factory=Average)
     of: dict[int, Average] = field(default_factory=dict)
+    given: dict[int, int] = field(default_factory=dict)
 
-    def add(self, tree: GrowMap, step_ms: float) -> None:
-        self.over.add_time(step_ms / tree.facts["cost_ms"])
-        self.of.setdefault(len(tree), Average()).add_time(step_ms)
-
-    def ms(self, tree: GrowMap) -> float:
-        """What a step over this tree takes, as far as is known."""
-        priced = tree.facts["cost_ms"] * (self.over.value if self.over.count else 1.0)
+    def known(self, tree: GrowMap) -> bool:
         seen = self.of.get(len(tree))
-        if seen is None:
-            return priced
-        weight = min(seen.count, MOST_BELIEF)
-        return (BELIEF * priced + weight * seen.value) / (BELIEF + weight)
+        return seen is not None and seen.count >= TRIES
+
+    def wanted(self, tree: GrowMap) -> bool:
+        """Whether this tree should be tried to learn what it takes."""
+        return not self.known(tree) and self.given.get(len(tree), 0) < MOST_GIVEN
+
+    def rate(self, tree: GrowMap) -> float:
+        """Tokens per millisecond."""
+        return tree.expected_tokens / self.of[len(tree)].value
 
 
 class TreeChoice:
@@ -54,7 +53,7 @@ class TreeChoice:
         self.counters = {greedy: AcceptanceCounter(width) for greedy in (False, True)}
         self.times: dict[int, StepTimes] = {}
         self._plans: dict[tuple[bool, int], list[GrowMap]] = {}
-        self._chosen: dict[tuple[bool, int], GrowMap] = {}
+        self._chosen: dict[tuple[bool, int], int] = {}  # guesses
         self._next_plan = FIRST_REPLAN
         self._last: tuple[int, GrowMap] | None = None
 
@@ -62,7 +61,7 @@ class TreeChoice:
         """A step over the tree given out last, without prompt tokens, took so long."""
         if self._last is None or self._last[0] != batch:
             return
-        self.times.setdefault(bucket(batch), StepTimes()).add(self._last[1], step_ms)
+        self._times(bucket(batch)).of.setdefault(len(self._last[1]), Average()).add_time(step_ms)
 
     @property
     def max_nodes(self) -> int:
@@ -85,9 +84,13 @@ class TreeChoice:
         """What to grow for a request in a batch of this size."""
         if self.fixed is not None:
             return self.fixed
-        tree = self._choose(batch, greedy)
+        tree, times = self._choose(batch, greedy), self._times(bucket(batch))
+        times.given[len(tree)] = times.given.get(len(tree), 0) + 1
         self._last = (batch, tree)
         return tree
+
+    def _times(self, size: int) -> StepTimes:
+        return self.times.setdefault(size, StepTimes())
 
     def room(self, batch: int) -> int:
         """Nodes of the largest tree given out at this batch size; of the kinds of requests that there were, greedy or sampled."""
@@ -97,16 +100,24 @@ class TreeChoice:
         return max(len(self._choose(batch, greedy)) for greedy in kinds)
 
     def _choose(self, batch: int, greedy: bool) -> GrowMap:
-        """The tree of most tokens per millisecond. Whether to draft at all is the gate's to say."""
+        """The tree of most tokens per millisecond, or one to learn from. Whether to draft at all is the gate's to say."""
         size = bucket(batch)
-        trees, times = self._planned(size, greedy), self.times.get(size, StepTimes())
-        best = max(trees, key=lambda tree: tree.expected_tokens / times.ms(tree))
-        now = self._chosen.get((greedy, size))
-        now = next((tree for tree in trees if now is not None and len(tree) == len(now)), best)
-        if best.expected_tokens / times.ms(best) > SWITCH * now.expected_tokens / times.ms(now):
-            now = best
-        self._chosen[greedy, size] = now
-        return now
+        trees, times = self._planned(size, greedy), self._times(size)
+        guesses = self._chosen.get((greedy, size))
+        place = next((i for i, tree in enumerate(trees) if len(tree) == guesses), None)
+        if place is None:
+            place = max(range(len(trees)), key=lambda i: trees[i].expected_speedup)
+        if times.known(trees[place]):
+            around = trees[max(0, place - 1) : place + 2]
+            for tree in around:
+                if times.wanted(tree):
+                    return tree
+            now = trees[place]
+            best = max((tree for tree in around if times.known(tree)), key=times.rate)
+            if times.rate(best) > SWITCH * times.rate(now):
+                place = trees.index(best)
+        self._chosen[greedy, size] = len(trees[place])
+        return trees[place]
 
     def _planned(self, size: int, greedy: bool) -> list[GrowMap]:
         """The best tree of each number of nodes, planned anew as counts grow."""
