@@ -18,7 +18,10 @@ from wager.serve.speculate.tree_plan import GrowMap, plan_trees
 FIRST_REPLAN, MAX_REPLAN = 64, 4096  # decisions between two plans
 TRIES = 8  # measured steps that say what a tree takes
 MOST_GIVEN = 4 * TRIES  # steps given to a neighbour at most, where they are not measured
-SWITCH = 1.02  # how much faster a neighbour must be
+SWITCH = 1.1  # how much faster a neighbour must be: less may be the machine's mood while it was tried
+FORGET = (
+    512  # steps over one tree after which the others are tried anew: what was measured of them may have been bad luck
+)
 
 
 @dataclass
@@ -35,6 +38,12 @@ class StepTimes:
     def wanted(self, tree: GrowMap) -> bool:
         """Whether this tree should be tried to learn what it takes."""
         return not self.known(tree) and self.given.get(len(tree), 0) < MOST_GIVEN
+
+    def grown(self, tree: GrowMap) -> None:
+        self.given[len(tree)] = count = self.given.get(len(tree), 0) + 1
+        if count % FORGET == 0:
+            self.of = {size: times for size, times in self.of.items() if size == len(tree)}
+            self.given = {len(tree): count}
 
     def rate(self, tree: GrowMap) -> float:
         """Tokens per millisecond."""
@@ -85,7 +94,7 @@ class TreeChoice:
         if self.fixed is not None:
             return self.fixed
         tree, times = self._choose(batch, greedy), self._times(bucket(batch))
-        times.given[len(tree)] = times.given.get(len(tree), 0) + 1
+        times.grown(tree)
         self._last = (batch, tree)
         return tree
 
