@@ -57,6 +57,11 @@ class Engine:
         self.steps = self.tokens = self.guesses = 0
         self.last_rate = 0.0
 
+    def hold(self, batch: int) -> None:
+        """Run at most so many requests at once."""
+        scheduler = self.llm.engine.core.scheduler
+        scheduler.config = replace(scheduler.config, max_num_seqs=batch)
+
     def rate(self, prompts: list[list[int]], params: SamplingParams, batch: int = 1) -> float:
         """Tokens per second, prompts included in the time."""
         self.steps = self.tokens = self.guesses = 0

@@ -45,12 +45,25 @@ class Preset:
     starts: bool = False  # from the shipped pair and its vocabulary
     learning_rate: float = 3e-3
     batch_tokens: int = 16_384
+    window: int = 2048
+    short_window: int = 1024
 
 
 PRESETS = {
     "demo": Preset(4096, Size(384, 1024, 5, 6, 2), Size(192, 512, 2, 3, 1), 16_000_000, 8_000_000),
     "large": Preset(8192, Size(640, 1792, 10, 10, 2), Size(256, 704, 2, 4, 2), 200_000_000, 60_000_000),
-    "deep": Preset(4096, Size(384, 1024, 20, 6, 2), Size(192, 512, 2, 3, 1), 8_000_000, 8_000_000, True, 1e-3, 8192),
+    "deep": Preset(
+        4096,
+        Size(384, 1024, 20, 6, 2),
+        Size(192, 512, 2, 3, 1),
+        8_000_000,
+        8_000_000,
+        starts=True,
+        learning_rate=5e-4,
+        batch_tokens=4096,
+        window=512,
+        short_window=256,  # minutes on a CPU: many small steps
+    ),  # fmt: skip
 }
 
 
@@ -103,6 +116,8 @@ def main(
         "processes": processes or (1 if cuda else os.cpu_count() or 1),
         "learning_rate": chosen.learning_rate,
         "batch_tokens": chosen.batch_tokens,
+        "window": chosen.window,
+        "short_window": chosen.short_window,
     }
     starts = {name: str(shipped.path(name)) if chosen.starts else None for name in ("demo", "demo-draft")}
     streams = out / "streams"

@@ -3,9 +3,14 @@
 The layers of the source are spread over the new depth; every layer between two of them is a copy of the one before it whose two output
 projections are zero, so it adds nothing until it has learned something. (Block expansion: LLaMA Pro, arXiv 2401.02415.) Whatever the
 training reaches, the model costs its full depth and is at least as good as the source; a checkpoint is usable at any time.
+
+The other way, `thin` leaves some layers of a model: the start of a draft that is distilled from it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -31,6 +36,21 @@ def grow(model: Llama, source: Llama) -> None:
         if origin == before:
             _silence(layer)
         before = origin
+
+
+def thin(source: Llama, layers: Sequence[int]) -> Llama:
+    """A model of these layers of the source, in this order; weights are copies. Raises UsageError for a layer that is not there."""
+    if not layers or len(set(layers)) < len(layers) or not all(0 <= i < len(source.layers) for i in layers):
+        raise UsageError(
+            f"layers takes different numbers below {len(source.layers)}, got {list(layers)}", param="layers"
+        )
+    windows = tuple(source.config.window_of_layer[i] for i in layers)
+    model = Llama(replace(source.config, num_hidden_layers=len(layers), windows=windows), source.dtype)
+    for ours, theirs in ((model.embed, source.embed), (model.norm, source.norm), (model.head, source.head)):
+        _copy(ours, theirs)
+    for layer, origin in zip(model.layers, layers, strict=True):
+        _copy(layer, source.layers[origin])
+    return model
 
 
 def _copy(ours, theirs) -> None:

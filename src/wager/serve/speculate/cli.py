@@ -11,7 +11,8 @@ import typer
 from wager.errors import UsageError
 
 app = typer.Typer(
-    help="Measure, plan and tune speculative decoding: profile, acceptance, plan, boost, replay.", no_args_is_help=True
+    help="Measure, plan and tune speculative decoding: profile, acceptance, plan, boost, distil, replay.",
+    no_args_is_help=True,
 )
 
 Target = Annotated[str, typer.Argument(help="demo, a directory in Hugging Face layout, or a hub id")]
@@ -153,6 +154,59 @@ def boost(
     print(
         f'any of them foretells {together:.1%}; use: {{"method": "specinfer", "drafts": {names}, "expansion": [1, 1, 1, 1]}}'
     )
+
+
+@app.command()
+def distil(
+    target: Target = "demo",
+    start: Annotated[str, typer.Option(help="the model that the draft starts from")] = "demo-draft",
+    layers: Annotated[
+        str | None, typer.Option(help="which of its layers the draft keeps, counted from 1, e.g. 1,3,5")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="prompts: JSONL, a text file, or a .npy token stream of the demo factory to cut them from"),
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="most prompts")] = 1000,
+    context: Annotated[int, typer.Option(help="most tokens of a prompt")] = 64,
+    tokens: Annotated[int, typer.Option(help="tokens the target says to each prompt")] = 96,
+    temperatures: Annotated[str, typer.Option(help="of the target's texts, in turns")] = "0,0.6,1",
+    rounds: Annotated[int, typer.Option(help="over the texts")] = 6,
+    minutes: Annotated[float | None, typer.Option(help="limit of the tuning")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    out: Annotated[Path, typer.Option(help="the draft's directory")] = Path("draft"),
+) -> None:
+    """Tune a draft model on what its target says and how sure it is of it: more guesses are right."""
+    from wager.serve.llm import LLM
+    from wager.serve.speculate.distil import DistilRecipe, lessons_of, texts_of
+    from wager.serve.speculate.distil import distil as tune_draft
+
+    recipe = DistilRecipe(rounds=rounds, minutes=minutes)
+    llm = LLM(target, dtype=dtype)
+    if data is not None and data.suffix == ".npy":
+        encoded = _windows(data, prompts, context, recipe.seed)
+    else:
+        tokenizer: Any = llm.get_tokenizer()
+        encoded = [ids[-context:] for text in _prompts(data)[:prompts] if (ids := tokenizer.encode(text))]
+    texts = texts_of(llm, encoded, tokens, _floats(temperatures, "temperatures"), recipe.seed)
+    lessons = lessons_of(llm, texts, recipe)
+    chosen = None if layers is None else [n - 1 for n in _numbers(layers, "layers")]
+    made = tune_draft(lessons, start, out, recipe, chosen, print)
+    rows = [
+        ["before", *(f"{pair[0]:.1%}" for pair in (made.hits, made.overlap))],
+        ["after", *(f"{pair[1]:.1%}" for pair in (made.hits, made.overlap))],
+    ]
+    _table(["texts it did not learn from", "same favourite", "sampled guesses kept"], rows)
+    print(f"written: {out}; learned from {made.texts} texts")
+
+
+def _windows(path: Path, count: int, length: int, seed: int) -> list[list[int]]:
+    """`count` windows of a token stream, at places drawn without replacement."""
+    import numpy as np
+
+    stream = np.load(path, mmap_mode="r")
+    places = np.random.default_rng(seed).permutation(len(stream) // length)[:count]
+    return [stream[p * length : (p + 1) * length].astype(int).tolist() for p in places.tolist()]
 
 
 @app.command()

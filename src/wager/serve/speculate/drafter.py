@@ -42,6 +42,15 @@ class Drafter(Protocol):
 
 
 @runtime_checkable
+class SizedDrafter(Protocol):
+    """A drafter whose trees are smaller at some batch sizes: what it does not need is left to prompts that wait."""
+
+    def room(self, batch: int) -> int:
+        """Most nodes of a tree it proposes now to one of `batch` requests."""
+        ...
+
+
+@runtime_checkable
 class TimedDrafter(Protocol):
     """A drafter that wants to know how long steps take that verify its trees."""
 

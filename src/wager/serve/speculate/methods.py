@@ -16,12 +16,13 @@ from wager.serve.speculate.draft_model import ModelChainDrafter
 from wager.serve.speculate.drafter import Drafter
 from wager.serve.speculate.hardware_profile import HardwareProfile, measure_profile
 from wager.serve.speculate.ngram import NGramDrafter
-from wager.serve.speculate.sequoia import SequoiaDrafter, TreeChoice
+from wager.serve.speculate.sequoia import SequoiaDrafter
 from wager.serve.speculate.specexec import SpecExecDrafter
 from wager.serve.speculate.specinfer import SpecInferDrafter
 from wager.serve.speculate.speculator import Speculator
 from wager.serve.speculate.suffix import HybridDrafter, SuffixCache, SuffixDrafter
 from wager.serve.speculate.suffix_tree import DraftLimits
+from wager.serve.speculate.tree_choice import TreeChoice
 from wager.serve.speculate.tree_plan import GrowMap
 
 QUICK_CONTEXT = 64

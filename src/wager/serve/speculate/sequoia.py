@@ -2,7 +2,7 @@
 
 For a user: set `{"method": "sequoia", "draft": ...}` and get the tree that decodes fastest here; no shape to tune. The tree comes from
 a file (`wager speculate plan`), or, with "tree": "auto", from times measured when the engine starts and acceptance counted while it
-serves, planned anew as counts grow and for each batch size.
+serves (`tree_choice.py`), planned anew as counts grow and for each batch size.
 
 Exact: greedy output is identical; sampled output has the target's distribution, because children are verified by a rule that knows the
 law they were drawn from (`ratio.without_replacement`). Seeds give the same text only under the same trees.
@@ -12,9 +12,8 @@ Shape legend: L rows, W vocabulary.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,20 +21,12 @@ from torch import Tensor
 
 from wager.serve.request import Request
 from wager.serve.sampling.sampler import Row, Sampler
-from wager.serve.speculate.acceptance import AcceptanceCounter
 from wager.serve.speculate.draft_engine import DraftModel, NewNodes
 from wager.serve.speculate.drafter import noise, softmax, top_tokens
-from wager.serve.speculate.hardware_profile import HardwareProfile
 from wager.serve.speculate.ratio import draw_without_replacement, without_replacement
-from wager.serve.speculate.tree_plan import GrowMap, plan_tree
+from wager.serve.speculate.tree_choice import TreeChoice
+from wager.serve.speculate.tree_plan import GrowMap
 from wager.serve.token_tree import TokenTree
-
-FIRST_REPLAN, MAX_REPLAN = 64, 4096  # decisions between two plans
-OVERHEADS, OVERHEAD_QUANTILE = (
-    128,
-    0.2,
-)  # the profile holds the fastest passes, so what a step costs besides is read from fast steps too:
-# the mean would charge drafting with all that slows down any step
 
 
 @dataclass
@@ -57,67 +48,6 @@ class WithoutReplacement:
         return None if index is None else children[index], token
 
 
-class TreeChoice:
-    """Which tree to grow at which batch size: a fixed one, or planned from measured times and counted acceptance, which greedy and
-    sampled requests have each of their own."""
-
-    def __init__(
-        self, fixed: GrowMap | None, profile: HardwareProfile | None, max_size: int, max_depth: int, width: int
-    ):
-        assert fixed is not None or profile is not None
-        self.fixed, self.profile = fixed, profile
-        self.max_size, self.max_depth, self.width = max_size, max_depth, width
-        self.counters = {greedy: AcceptanceCounter(width) for greedy in (False, True)}
-        self._plans: dict[tuple[bool, int], GrowMap] = {}
-        self._next_plan = FIRST_REPLAN
-        self._overheads: deque[float] = deque(maxlen=OVERHEADS)
-        self._last: tuple[int, GrowMap] | None = None
-
-    def timed(self, batch: int, step_ms: float) -> None:
-        """A step over the tree given out last took so long: learn what a drafted step costs beyond its passes."""
-        if self.profile is None or self._last is None or self._last[0] != batch:
-            return
-        tree = self._last[1]
-        passes_ms = self.profile.step_ms(batch, len(tree) + 1, tree.frontiers) - self.profile.overhead
-        self._overheads.append(max(0.0, step_ms - passes_ms))
-
-    @property
-    def max_nodes(self) -> int:
-        return len(self.fixed) if self.fixed is not None else self.max_size - 1
-
-    @property
-    def deepest(self) -> int:
-        return self.fixed.depth if self.fixed is not None else self.max_depth
-
-    def decided(self, tree: GrowMap, greedy: bool, path: Sequence[int]) -> None:
-        """A tree was verified: count which child was accepted at each visited node, and that none was at the last."""
-        row = 0
-        for node in [*path, None]:
-            children = tree.children[row]
-            if children:
-                self.counters[greedy].add(len(children), None if node is None else children.index(node))
-            row = 0 if node is None else node + 1
-
-    def tree(self, batch: int, greedy: bool) -> GrowMap:
-        if self.fixed is not None:
-            return self.fixed
-        assert self.profile is not None
-        decisions = sum(counter.decisions for counter in self.counters.values())
-        if decisions >= self._next_plan:
-            self._next_plan = decisions + min(self._next_plan, MAX_REPLAN)
-            self._plans.clear()
-            if self._overheads:
-                self.profile = replace(self.profile, overhead=float(np.quantile(self._overheads, OVERHEAD_QUANTILE)))
-        size = 1 << max(batch - 1, 0).bit_length()  # one plan per power of two
-        if (greedy, size) not in self._plans:
-            self._plans[greedy, size] = plan_tree(  # whether to draft at all is the gate's to say
-                self.counters[greedy].p.tolist(), self.profile, batch=size, max_size=self.max_size, max_depth=self.max_depth,
-                max_branch=self.width, always=True,
-            )  # fmt: skip
-        self._last = (batch, self._plans[greedy, size])
-        return self._plans[greedy, size]
-
-
 class SequoiaDrafter:
     """Grows the chosen tree level by level, all requests together."""
 
@@ -132,6 +62,9 @@ class SequoiaDrafter:
     @property
     def max_depth(self) -> int:
         return self.choice.deepest
+
+    def room(self, batch: int) -> int:
+        return self.choice.room(batch)
 
     def propose(
         self, requests: Sequence[Request], nodes: Sequence[int], depths: Sequence[int]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from wager.errors import UsageError
 from wager.serve.policies import ScheduledSpan
 from wager.serve.request import Request
-from wager.serve.speculate.drafter import Drafter, TimedDrafter
+from wager.serve.speculate.drafter import Drafter, SizedDrafter, TimedDrafter
 from wager.serve.speculate.gate import Gate
 from wager.serve.token_tree import TokenTree
 
@@ -27,6 +27,7 @@ class Speculator:
         self._pending: dict[str, str] = {}  # request id -> method of its unverified proposal
         self._accepted: list[tuple[str, str, int]] = []
         self._open: dict[str, bool] = {}
+        self._drafted_before: set[str] = set()
 
     @property
     def num_tokens(self) -> int:
@@ -52,7 +53,11 @@ class Speculator:
         if self.disable_above is not None and num_running > self.disable_above:
             return 0
         self._open = {n: n not in self.gates or self.gates[n].open_for(num_running) for n in self.drafters}
-        return max((self.drafters[name].num_tokens for name, open_ in self._open.items() if open_), default=0)
+        return max((self._nodes(name, num_running) for name, open_ in self._open.items() if open_), default=0)
+
+    def _nodes(self, name: str, num_running: int) -> int:
+        drafter = self.drafters[name]
+        return drafter.room(max(num_running, 1)) if isinstance(drafter, SizedDrafter) else drafter.num_tokens
 
     def propose(self, spans: Sequence[ScheduledSpan], num_running: int) -> dict[str, TokenTree]:
         """Trees by request id, for those of the spans that have room for guesses."""
@@ -83,10 +88,12 @@ class Speculator:
     def measured(self, num_running: int, step_ms: float, prefilling: bool) -> None:
         """A step ended; learn from it."""
         accepted, self._accepted = self._accepted, []
+        drafted, before = {id_ for _, id_, _ in accepted}, self._drafted_before
+        self._drafted_before = drafted
         if prefilling or not num_running:
             return
         methods = {method for method, _, _ in accepted}
-        if len(methods) == 1 and len(accepted) == num_running:
+        if len(methods) == 1 and len(accepted) == num_running and drafted <= before:  # nobody caught up
             drafter = self.drafters[methods.pop()]
             if isinstance(drafter, TimedDrafter):
                 drafter.timed(num_running, step_ms)

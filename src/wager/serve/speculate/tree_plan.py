@@ -10,6 +10,7 @@ Counting: the root (last committed token) is a node, a tree of n nodes has n - 1
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -288,32 +289,49 @@ def plan_tree(
     max_depth: int = 8,
     max_branch: int = 16,
     sizes: Sequence[int] | None = None,
-    always: bool = False,
 ) -> GrowMap:
-    """The tree with the highest expected speed-up over plain decoding at this batch size; a tree of no guesses when none pays, unless
-    one is wanted `always`.
+    """The tree with the highest expected speed-up over plain decoding at this batch size; a tree of no guesses when none pays.
 
     Speed-up = F * t_plain / (t_target(batch, n) + the draft's passes + what a drafted step costs besides), all measured.
     """
+    best = GrowMap((), (), 1.0, 1.0)
+    for tree in plan_trees(
+        p, profile, batch=batch, max_size=max_size, max_depth=max_depth, max_branch=max_branch, sizes=sizes
+    ):
+        if tree.expected_speedup > best.expected_speedup:
+            best = tree
+    return best
+
+
+def plan_trees(
+    p: Sequence[float],
+    profile: HardwareProfile,
+    *,
+    batch: int = 1,
+    max_size: int = 64,
+    max_depth: int = 8,
+    max_branch: int = 16,
+    sizes: Sequence[int] | None = None,
+) -> list[GrowMap]:
+    """Of each size (`SIZES` up to max_size) the tree with the highest expected speed-up, smallest first."""
     sizes = [n for n in (sizes or SIZES) if n <= max_size]
     tables = TreeTables(list(p)[:max_branch], max(sizes, default=1), max_depth + 1)
-    plain_ms = profile.target_ms(batch, 1)
-    best = GrowMap((), (), 1.0, 0.0 if always else 1.0)
+    plain_ms, found = profile.target_ms(batch, 1), []
     for n in sizes:
+        best: GrowMap | None = None
         for levels in range(2, max_depth + 2):
-            if n < levels or not np.isfinite(tables.expected_tokens(n, levels)):
-                continue
-            tokens = tables.expected_tokens(n, levels)
+            tokens = tables.expected_tokens(n, levels) if n >= levels else -math.inf
+            if not math.isfinite(tokens) or tokens == tables.expected_tokens(n, levels - 1):
+                continue  # no such tree, or as shallow a one is as good
             at_least_ms = profile.step_ms(batch, n, [1] * (levels - 2))
-            if (
-                tokens == tables.expected_tokens(n, levels - 1)
-                or tokens * plain_ms <= best.expected_speedup * at_least_ms
-            ):
-                continue  # as shallow a tree is as good, or this one cannot be the best
+            if best is not None and tokens * plain_ms <= best.expected_speedup * at_least_ms:
+                continue
             tree = tables.tree(n, levels)
             cost_ms = profile.step_ms(batch, n, tree.frontiers)
             speedup = tree.expected_tokens * plain_ms / cost_ms
-            if speedup > best.expected_speedup:
+            if best is None or speedup > best.expected_speedup:
                 facts = {"batch": batch, "levels": levels, "size": n, "cost_ms": cost_ms, "plain_ms": plain_ms}
                 best = GrowMap(tree.parents, tree.scores, tree.expected_tokens, speedup, facts)
-    return best
+        if best is not None:
+            found.append(best)
+    return found
