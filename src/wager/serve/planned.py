@@ -140,7 +140,7 @@ class PlannedBody:
 
     def holds(self) -> bool:
         """Whether the model's blocks are still those of the plan, without hooks."""
-        blocks = self.model.layers._modules.values()
+        blocks: Any = self.model.layers
         return all(
             b.halves is not None and b.halves[0] is first and not b._forward_hooks and not b._forward_pre_hooks
             for b, (first, _) in zip(blocks, self.halves, strict=True)

@@ -61,7 +61,8 @@ class SCAN(GraphDetector):
     """Structural clustering (Xu et al. 2007): members of a cluster score 1, others 0 - dense groups are the suspects. hubs_, scattered_.
 
     Two nodes are similar when (common + 2) / sqrt((|N(u)| + 1)(|N(v)| + 1)) exceeds eps; a node with more than mu similar neighbours is a
-    core. expand="once" takes a core's similar neighbours and theirs (what pygod does), "full" grows through every core (the paper).
+    core. expand="once" takes a core's similar neighbours and theirs (what pygod does), "full" grows through every core (the paper). pygod 1.1.0
+    cuts all similarities of a node to whole numbers when its first neighbour shares nobody with it; that is not reproduced.
     """
 
     def __init__(
