@@ -1,6 +1,6 @@
 """The research systems of wager, one row each: what it does for a user, where it lives, and what was measured.
 
-A system works when its module exists; its measured ratio is read from `benchmarks/results/<wing>/<system>.json` of the checkout. Both are
+A system works when its module exists; its measured ratios are read from `benchmarks/results/<wing>/<system>.json` of the checkout. Both are
 looked up, never typed in, so this table cannot claim more than the repository holds. docs/systems.md is generated from it.
 """
 
@@ -20,7 +20,7 @@ RESULTS = PACKAGE.parents[1] / "benchmarks" / "results"
 @dataclass(frozen=True)
 class System:
     """`module` and `command` are relative to the package: "serve.speculate.sequoia" and "serve --speculative-config". `bench` names
-    the result file where it is not the module's name."""
+    the result files where it is not one with the module's name."""
 
     name: str
     paper: str
@@ -28,7 +28,7 @@ class System:
     does: str
     module: str
     command: str
-    bench: str = ""
+    bench: tuple[str, ...] = ()
 
     @property
     def wing(self) -> str:
@@ -50,8 +50,9 @@ class System:
         return f"wager {self.command}" if self.works else ""
 
     @property
-    def result_path(self) -> Path:
-        return RESULTS / self.wing / f"{self.bench or self.module.rsplit('.', 1)[1]}.json"
+    def result_paths(self) -> list[Path]:
+        names = self.bench or (self.module.rsplit(".", 1)[1],)
+        return [path for name in names if (path := RESULTS / self.wing / f"{name}.json").is_file()]
 
     @property
     def link(self) -> str:
@@ -63,7 +64,7 @@ S = System
 SYSTEMS: tuple[System, ...] = (
     S("Engine", "Paged KV cache, continuous batching and chunked prefill in one ragged batch", "",
       "Serves a Hugging Face checkpoint over the OpenAI API; every other serving system plugs into it.",
-      "serve.core", "serve MODEL", bench="throughput"),
+      "serve.core", "serve MODEL", bench=("throughput",)),
     S("Survey checklist", "Towards Efficient Generative LLM Serving: A Survey from Algorithms to Systems", "2312.15234",
       "Lists every known serving technique, whether this engine has it, and which test proves it.",
       "serve.features", "features"),
@@ -78,7 +79,7 @@ SYSTEMS: tuple[System, ...] = (
       "serve.speculate.specexec", "serve --speculative-config"),
     S("SuffixDecoding", "SuffixDecoding: Extreme Speculative Decoding for Emerging AI Applications", "2411.04975",
       "Guesses repeated text from suffix trees over prompts and past outputs, without a draft model.",
-      "serve.speculate.suffix", "serve --speculative-config"),
+      "serve.speculate.suffix", "serve --speculative-config", bench=("suffix", "speculation_suffix_engine_demo")),
     S("AdaServe", "AdaServe: Multi-SLO LLM Serving with SLO-Customized Speculative Decoding", "2501.12162",
       "Meets different latency targets in one batch by giving each request its own speculation tree.",
       "serve.schedule.adaserve", "serve --scheduling-policy adaserve"),
@@ -138,7 +139,7 @@ SYSTEMS: tuple[System, ...] = (
       "train.distill.dlink", "train distill --method dlink"),
     S("OLLIE", "OLLIE: Derivation-based Tensor Program Optimizer", "2208.02025",
       "Rewrites tensor expressions by derivation and finds operators that no library has.",
-      "compile.ollie", "compile run --search ollie"),
+      "compile.ollie", "compile run --search ollie", bench=("networks",)),
     S("Mirage", "Mirage: A Multi-Level Superoptimizer for Tensor Programs", "2405.05751",
       "Searches tensor programs over kernel, block and thread levels and proves the winner equivalent.",
       "compile.mirage", "compile run --search mirage"),
@@ -168,10 +169,10 @@ SYSTEMS: tuple[System, ...] = (
       "tune.experts", "tune experts"),
     S("TOD", "TOD: GPU-accelerated Outlier Detection via Tensor Operations", "2110.14007",
       "Outlier detectors compiled to a few tensor operators, exact at low precision.",
-      "detect.tod", "detect fit DATA"),
+      "detect.tod", "detect fit DATA", bench=("tod-plan", "tod-single", "large")),
     S("BOND", "BOND: Benchmarking Unsupervised Outlier Node Detection on Static Attributed Graphs", "2206.10071",
       "Fourteen detectors of outlier nodes in graphs, benchmarked on equal terms.",
-      "detect.bond", "detect bench graph"),
+      "detect.bond", "detect bench graph", bench=("bond-dominant", "bond-gae", "bond-conad", "bond-done", "bond-motifs", "bond-large")),
     S("Quarl", "Quarl: A Learning-Based Quantum Circuit Optimizer", "2307.10120",
       "Shortens quantum circuits with learned choices among verified rewrite rules.",
       "quantum.quarl", "quantum optimize"),
@@ -197,10 +198,8 @@ SYSTEMS: tuple[System, ...] = (
 
 
 def measured(system: System) -> str:
-    """The best row of the system's saved benchmark, e.g. "2.10x transformers (batch 64)"; empty when nothing was measured."""
-    if not system.result_path.is_file():
-        return ""
-    rows = json.loads(system.result_path.read_text())["rows"]
+    """The rows of the system's saved benchmarks, e.g. "2.10x transformers (batch 64)"; empty when nothing was measured."""
+    rows = [row for path in system.result_paths for row in json.loads(path.read_text())["rows"]]
     return "; ".join(describe(row) for row in rows)
 
 
