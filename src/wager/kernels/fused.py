@@ -56,7 +56,8 @@ class Norm:
         return NormArgs(self.weight_D.data_ptr(), self.eps, self.offset, int(self.weight_D.dtype == torch.bfloat16))
 
 
-def _plain(linear: Any) -> bool:
+def plain(linear: Any) -> bool:
+    """Whether this is a packed linear that takes its inputs as they are."""
     return isinstance(linear, NativeLinear) and not linear.padding and linear.order is None
 
 
@@ -134,11 +135,11 @@ def block_input(
 ) -> BlockInput | None:
     """The fused first half, or None where the qkv linear is not natively packed."""
     known = all(n is None or n.weight_D.dtype in native.SUFFIX for n in (norm, q_norm, k_norm))
-    return BlockInput(norm, qkv, q_norm, k_norm, heads, kv_heads, head_dim) if known and _plain(qkv) else None
+    return BlockInput(norm, qkv, q_norm, k_norm, heads, kv_heads, head_dim) if known and plain(qkv) else None
 
 
 def block_output(output: Any, norm: Norm, gate_up: Any, down: Any, activation: str) -> BlockOutput | None:
     """The fused second half, or None where a linear is not natively packed or the gate does not fall on a panel's edge."""
-    fits = all(map(_plain, (output, gate_up, down))) and (gate_up.outputs // 2) % PANEL == 0
+    fits = all(map(plain, (output, gate_up, down))) and (gate_up.outputs // 2) % PANEL == 0
     known = norm.weight_D.dtype in native.SUFFIX
     return BlockOutput(output, norm, gate_up, down, activation) if fits and known else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import sys
@@ -40,8 +41,14 @@ def huge_zeros(size: int) -> Tensor:
     """Zero bytes, committed when first touched, on huge pages where the system grants them: fewer address translations in a stream."""
     if size < 2 * HUGE_PAGE:
         return torch.zeros(size, dtype=torch.uint8)
+    return torch.frombuffer(huge_region(size), dtype=torch.uint8)
+
+
+def huge_region(size: int) -> mmap.mmap:
+    """`size` fresh bytes for which the system is asked to use huge pages; where it has none they are read a little slower."""
     # private: Python's default is shared memory, whose huge pages have a switch of their own that is usually off
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(memory, "madvise") and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from wager.kernels import native
 from wager.kernels.fused import BlockInput, BlockOutput, InputArgs, OutputArgs
-from wager.kernels.native_linear import NativeLinear
 from wager.models.layers import Embedding, RMSNorm
 from wager.models.llama import Block, Llama
 from wager.serve.batch import Batch
@@ -186,11 +185,6 @@ def plan(model: torch.nn.Module, pool: KVPool, block_size: int, groups: int) -> 
             return None
         halves.append((first, second))
     return PlannedBody(model, pool, block_size, halves)
-
-
-def plain(linear: Any) -> bool:
-    """Whether a packed linear takes its inputs as they are."""
-    return isinstance(linear, NativeLinear) and not linear.padding and linear.order is None
 
 
 def buffer(shape: int | tuple[int, ...], dtype: torch.dtype = torch.float32) -> np.ndarray:

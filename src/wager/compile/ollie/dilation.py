@@ -18,36 +18,26 @@ def undilate(scope: Scope) -> Iterator[Step]:
     """
     inner = stages(scope)[-1]
     loops = {n: (a, b) for n, a, b in inner.loops}
+    for read, thing, d, name, uses in _unit_loops(inner):
+        index, (low, high) = read.index[d], loops[name]
+        steps = {c for n, c in index.terms if n not in loops}
+        k = min(steps, default=1)
+        if k < 2 or low or uses != 1 or len(index.terms) != len(steps) + 1:
+            continue
+        if not any(length % k for length in (*steps, index.const, thing.shape[d], high)):
+            yield f"7 {thing.name} by {k} along {d}", _by_residue(scope, inner, read, d, name, k)
+
+
+def _unit_loops(inner: Scope) -> Iterator[tuple[Read, Tensor, int, str, int]]:
+    """(read, its tensor, dimension, loop that it reads there with stride 1, how many indices of the stage the loop occurs in)."""
+    loops = {n for n, _, _ in inner.loops}
     everywhere = [i for r in reads(inner.body) for i in r.index]
     for read in reads(inner.body):
         if not isinstance(read.object, Tensor):
             continue
         for d, index in enumerate(read.index):
-            names = [str(n) for n, c in index.terms if n in loops and c == 1] if index.plain else []
-            steps = {c for n, c in index.terms if n not in loops}
-            k = min(steps, default=1)
-            size, free = read.object.shape[d], len(names) == 1 and len(index.terms) == len(steps) + 1
-            if k < 2 or not free or any(c % k for c in steps) or size % k or index.const % k:
-                continue
-            low, high = loops[names[0]]
-            if low or high % k or sum(names[0] in i.iterators for i in everywhere) != 1:
-                continue
-            yield f"7 {read.object.name} by {k} along {d}", _undilated(scope, inner, read, d, names[0], k)
-
-
-def _undilated(scope: Scope, inner: Scope, read: Read, d: int, name: str, k: int) -> Scope:
-    a, b = fresh(scope, 2)
-    at = next(i for i, v in enumerate(inner.loops) if v[0] == name)
-    _, low, high = inner.loops[at]
-    loops = (*inner.loops[:at], (a, 0, high // k), (b, 0, k), *inner.loops[at + 1 :])
-    rest = read.index[d] - it(name)
-    quotient = it(a) + Affine(tuple((n, c // k) for n, c in rest.terms), rest.const // k)
-    index = (*read.index[:d], quotient, it(b), *read.index[d + 1 :])
-    moved = Read(by_remainder(read.object, d, k), index)
-    body = map_reads(inner.body, lambda r: moved if r == read else r)
-    place = [it(n) for n, _, _ in inner.loops]
-    place[at : at + 1] = [floordiv(it(name), k), remainder(it(name), k)]
-    return wrap(scope, Scope(loops, inner.sums, body), place)
+            for name in [str(n) for n, c in index.terms if n in loops and c == 1] if index.plain else []:
+                yield read, read.object, d, name, sum(name in i.iterators for i in everywhere)
 
 
 def by_remainder(thing: Tensor | Scope, d: int, k: int) -> Tensor:
@@ -79,20 +69,13 @@ def residues(scope: Scope) -> Iterator[Step]:
     remainder. k need not divide anything but the offset and the other steps: what is added is zero and is not read.
     """
     inner = stages(scope)[-1]
-    loops = {n: (a, b) for n, a, b in inner.loops}
-    everywhere = [i for r in reads(inner.body) for i in r.index]
-    for read in reads(inner.body):
-        if not isinstance(read.object, Tensor):
-            continue
-        for d, index in enumerate(read.index):
-            names = [str(n) for n, c in index.terms if n in loops and c == 1] if index.plain else []
-            for name in names:
-                steps = [abs(c) for n, c in index.terms if n != name]
-                k = min(steps, default=1)
-                if k < 2 or loops[name][0] or any(c % k for c in steps) or index.const % k:
-                    continue
-                if sum(name in i.iterators for i in everywhere) > 1:
-                    yield f"7 {read.object.name} by {k} along {d}", _by_residue(scope, inner, read, d, name, k)
+    lows = {n: low for n, low, _ in inner.loops}
+    for read, thing, d, name, uses in _unit_loops(inner):
+        index = read.index[d]
+        steps = [abs(c) for n, c in index.terms if n != name]
+        k = min(steps, default=1)
+        if k > 1 and uses > 1 and not lows[name] and not any(c % k for c in steps) and index.const % k == 0:
+            yield f"7 {thing.name} by {k} along {d}", _by_residue(scope, inner, read, d, name, k)
 
 
 def _by_residue(scope: Scope, inner: Scope, read: Read, d: int, name: str, k: int) -> Scope:

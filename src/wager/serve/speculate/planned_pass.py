@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from wager.kernels.fused import plain
 from wager.kernels.native_linear import LinearArgs, NativeLinear
 from wager.models.layers import Linear
-from wager.serve.planned import PlannedBody, at, buffer, plain, plan
+from wager.serve.planned import PlannedBody, at, buffer, plan
 from wager.serve.runner import ModelRunner, SpanInput
 from wager.serve.speculate.small_head import SmallHead
 from wager.serve.token_tree import pack_bits

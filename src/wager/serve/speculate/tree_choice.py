@@ -19,9 +19,7 @@ FIRST_REPLAN, MAX_REPLAN = 64, 4096  # decisions between two plans
 TRIES = 8  # measured steps that say what a tree takes
 MOST_GIVEN = 4 * TRIES  # steps given to a neighbour at most, where they are not measured
 SWITCH = 1.05  # how much faster a neighbour must be: less may be the machine's mood while it was tried
-FORGET = (
-    512  # steps over one tree after which the others are tried anew: what was measured of them may have been bad luck
-)
+FORGET = 512  # steps over one tree after which the others are tried anew: their times may have been bad luck
 
 
 @dataclass
