@@ -112,8 +112,11 @@ class WholeGraph:
         yield self.data
 
 
-def train(name: str, config: dict[str, Any], seed: int, threads: int) -> dict[str, Any]:
-    """Fit a pygod detector: scores, seconds, peak bytes of this process since its start of training."""
+def train(name: str, config: dict[str, Any], seed: int, threads: int, mended: bool = False) -> dict[str, Any]:
+    """Fit a pygod detector: scores, seconds, peak bytes of this process since its start of training.
+
+    `mended`: SCAN's similarities stay fractions; otherwise numpy takes the type of a node's from the first, which may be the whole number 0.
+    """
     import pygod.detector
     import pygod.detector.base
     import torch
@@ -126,6 +129,9 @@ def train(name: str, config: dict[str, Any], seed: int, threads: int) -> dict[st
 
         config = config | {"backbone": getattr(layers, config["backbone"])}
     made = getattr(pygod.detector, name)(**config)
+    if mended and name == "SCAN":
+        similarity = made._similarity
+        made._similarity = lambda u, v: float(similarity(u, v))
     data = GRAPH["make"]()
     reset_peak()
     before = status_bytes("VmRSS")
