@@ -1,9 +1,9 @@
 // y = x W^T + b over weights packed in panels (formats.h), with an epilogue: add a residual, or combine gate and up halves.
 //
 // Every output is one chain of operations over k in ascending order (grouped formats: one chain per group and one over the groups), whatever
-// the number of rows: a row's result does not depend on what else is in the batch. Few rows: the weights stream from memory once and several
-// panels advance together, so that enough chains are in flight. Many rows: they are laid out tile by tile; a slice of a panel stays in the first
-// cache while a block of rows passes over it, and the block in the second while some panels take their turns.
+// the number of rows: a row's result does not depend on what else is in the batch. Rows are laid out tile by tile. Few rows are one tile: the
+// weights stream from memory once and several panels advance together, so that enough chains are in flight. Many rows: a slice of some panels
+// stays in a cache while a block of rows passes over it, and the block in the second while further panels take their turns.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -21,13 +21,14 @@ constexpr int SLACK = 3;  // panels allocated beyond the last, so that a tile ma
 #define WAGER_CLAIM_BYTES 1 << 15
 #endif
 constexpr long CLAIM_BYTES = WAGER_CLAIM_BYTES;  // weights worth claiming at once
+constexpr long BLOCK = 64;                       // inputs that stay together: the largest group
 constexpr long ROWS_IN_CACHE = 96;               // of a slice, for the second cache
 constexpr int WIDE = 128;                        // outputs of a unit when there are many rows
 
-// Rows in tiles of nearly the same size, at most MANY.
+// Few rows are one tile, many are tiles of nearly the same size, at most MANY.
 template <typename K>
 struct Tiles {
-    long rows, count = (rows + K::MANY - 1) / K::MANY;
+    long rows, count = rows <= MR ? 1 : (rows + K::MANY - 1) / K::MANY, largest = (rows + count - 1) / count;
     long begin(long t) const { return rows * t / count; }
 };
 
@@ -40,15 +41,21 @@ static void block(const Work& work, long panel, long count, float* out, long ldo
     auto start = [&](long u) { return a.scales ? zeros : a.bias + panel * NR + u * width; };
     const char* w = a.weights + panel * K::bytes(a.inputs);
     if (a.rows <= MR) {
-        for (long u = 0; u < count; u++, w += unit_bytes)
-            rows_tile<K, P, false>((int)a.rows, work, {0, 0, a.inputs, w, out + u * width, ldo, start(u), w + PREFETCH * 4 / P, K::PIECE});
+        const long far = PREFETCH * 4 / P, last = std::max<long>(0, a.inputs - far * a.inputs / K::bytes(a.inputs)) / BLOCK * BLOCK;
+        for (long u = 0; u < count; u++, w += unit_bytes) {
+            float* to = out + u * width;
+            if (last) rows_tile<K, P>((int)a.rows, work, {0, 0, last, w, to, ldo, start(u), w + far, K::PIECE});
+            const char* next = u + 1 < count ? w + unit_bytes : after;
+            rows_tile<K, P>((int)a.rows, work, {0, last, a.inputs, w, to, ldo, last ? nullptr : start(u), next, K::PIECE});
+        }
         return;
     }
     const Tiles<K> tiles{a.rows};
     const long per_block = std::min(tiles.count, std::max<long>(1, ROWS_IN_CACHE / K::MANY)), sharers = std::min<long>(per_block, 8);
-    auto size_at = [&](long k) { return K::bytes(std::min<long>(a.inputs, k + K::SLICE)) - K::bytes(k); };
-    for (long k0 = 0; k0 < a.inputs; k0 += K::SLICE) {
-        long k1 = std::min<long>(a.inputs, k0 + K::SLICE), slice = size_at(k0);
+    const long inputs = tiles.count > 2 || VL < 16 ? K::SLICE : K::SLICE / 2;  // of a slice; two tiles fetch half as much meanwhile
+    auto size_at = [&](long k) { return K::bytes(std::min(a.inputs, k + inputs)) - K::bytes(k); };
+    for (long k0 = 0; k0 < a.inputs; k0 += inputs) {
+        long k1 = std::min(a.inputs, k0 + inputs), slice = size_at(k0);
         for (long t0 = 0; t0 < tiles.count; t0 += per_block)
             for (long u = 0; u < count; u++) {
                 const char *from = w + u * unit_bytes, *next = nullptr;  // what comes after this slice, unless it was here before
@@ -59,7 +66,7 @@ static void block(const Work& work, long panel, long count, float* out, long ldo
                 for (long t = t0; t < std::min(tiles.count, t0 + per_block); t++) {  // the first tiles fetch it, each its share
                     long row = tiles.begin(t), rows = tiles.begin(t + 1) - row;
                     const char* ahead = next && t - t0 < sharers ? next + share * (t - t0) : nullptr;
-                    rows_tile<K, P, true>((int)rows, work, {row, k0, k1, from, out + row * ldo + u * width, ldo, k0 ? nullptr : start(u), ahead, step});
+                    rows_tile<K, P>((int)rows, work, {row, k0, k1, from, out + row * ldo + u * width, ldo, k0 ? nullptr : start(u), ahead, step});
                 }
             }
     }
@@ -106,7 +113,7 @@ static void unit(const Work& work, long first_panel, long panels, long next) {
 template <typename K, int P>
 static void units(const Work& work) {
     const Linear& a = work.a;
-    long panels = (a.outputs + NR - 1) / NR, per_unit = a.rows > 4 * MR && panels >= a.threads * 3 * (WIDE / NR) ? WIDE / NR : P;
+    long panels = (a.outputs + NR - 1) / NR, per_unit = a.rows > 4 * MR && panels >= a.threads * 3 * (WIDE / NR) ? WIDE / NR / P * P : P;
     long n = (panels + per_unit - 1) / per_unit, bytes = per_unit * K::bytes(a.inputs);
     long chunk = std::max<long>(1, std::min(CLAIM_BYTES / std::max<long>(1, bytes), n / (a.threads * 4)));
     int threads = a.rows * a.inputs * a.outputs > 200000 ? a.threads : 1;
@@ -129,22 +136,24 @@ static void side_by_side(const element* from, long rows, long steps, element* to
     (void)((rows == R + 1 && (turn(std::integral_constant<int, R + 1>{}), true)) || ...);
 }
 
-// Many rows tile by tile, the rows of a tile side by side; few one after the other. `fill(row, to)` writes a row's elements.
+// Rows tile by tile, the rows of a tile side by side. `fill(row, input, count, to)` writes `count` inputs of a row from `input` on as elements.
 template <typename K, typename Fill>
 static void lay_out(Work& work, std::vector<uint32_t>& to, Fill&& fill) {
-    const long rows = work.a.rows, steps = work.steps;
-    const int threads = rows * steps > 1 << 13 ? work.a.threads : 1;
-    to.resize(rows * steps);
+    const Linear& a = work.a;
+    const Tiles<K> tiles{a.rows};
+    const long steps = work.steps, each_step = a.inputs / steps, blocks = (a.inputs + BLOCK - 1) / BLOCK;
+    const int threads = a.rows * steps > 1 << 13 ? a.threads : 1;
+    const long parts = tiles.count < threads ? threads : 1;
+    to.resize(a.rows * steps);
     work.x = to.data();
-    if (rows <= MR) return each(threads, rows, [&](long r) { fill(r, to.data() + r * steps); });
-    const Tiles<K> tiles{rows};
-    each(threads, tiles.count, [&](long t) {
+    each(threads, tiles.count * parts, [&](long i) {
         thread_local std::vector<uint32_t> tile;
-        const long row = tiles.begin(t), count = tiles.begin(t + 1) - row;
-        tile.resize(count * steps);
+        const long t = i / parts, part = i % parts, row = tiles.begin(t), rows = tiles.begin(t + 1) - row;
+        const long begin = blocks * part / parts * BLOCK, count = std::min(a.inputs, blocks * (part + 1) / parts * BLOCK) - begin;
+        tile.resize(rows * count / each_step);
         uint32_t* const from = tile.data();
-        for (long r = 0; r < count; r++) fill(row + r, from + r * steps);
-        side_by_side(from, count, steps, to.data() + row * steps, std::make_integer_sequence<int, K::MANY>{});
+        for (long r = 0; r < rows; r++) fill(row + r, begin, count, from + r * count / each_step);
+        side_by_side(from, rows, count / each_step, to.data() + row * steps + rows * begin / each_step, std::make_integer_sequence<int, MR>{});
     });
 }
 
@@ -161,8 +170,9 @@ static void group_sums(const Linear& a, std::vector<float>& to) {
 
 template <typename K>
 static void run(const Work& work) {
-    switch (K::panels(work.a.rows <= MR ? (int)work.a.rows : K::MANY)) {
+    switch (K::panels((int)Tiles<K>{work.a.rows}.largest)) {
         case 4: return units<K, 4>(work);
+        case 3: return units<K, 3>(work);
         case 2: return units<K, 2>(work);
         default: return units<K, 1>(work);
     }
@@ -175,7 +185,7 @@ static void linear(const Linear& a) {
     static thread_local std::vector<float> sums;
     Work work{a, {}, (const element*)a.x, a.inputs, nullptr};
     if (K::ZEROS) group_sums<K>(a, sums), work.sums = sums.data();
-    if (a.rows > MR) lay_out<K>(work, rows, [&](long r, uint32_t* to) { std::memcpy(to, a.x + r * a.inputs, a.inputs * 4); });
+    if (a.rows > 1) lay_out<K>(work, rows, [&](long r, long k, long count, uint32_t* to) { std::memcpy(to, a.x + r * a.inputs + k, count * 4); });
     run<K>(work);
 }
 
@@ -189,9 +199,9 @@ static void integer_linear(const Linear& a) {
     float* scale = scales.data();
     int32_t* offset = offsets.data();
     Work work{a, {scale, offset, a.inputs, groups}, nullptr, a.inputs / 4, nullptr};
-    lay_out<Integer<F>>(work, rows, [&](long r, uint32_t* to) {
-        for (long g = 0; g < groups; g++)
-            quantise_group(a.x + r * a.inputs + g * F::GROUP, F::GROUP, F::OFFSET, (int8_t*)to + g * F::GROUP, scale + r * groups + g, offset + r * groups + g);
+    lay_out<Integer<F>>(work, rows, [&](long r, long k, long count, uint32_t* to) {
+        for (long g = k / F::GROUP; g < (k + count) / F::GROUP; g++, to += F::GROUP / 4)
+            quantise_group(a.x + r * a.inputs + g * F::GROUP, F::GROUP, F::OFFSET, (int8_t*)to, scale + r * groups + g, offset + r * groups + g);
     });
     run<Integer<F>>(work);
 }
@@ -203,9 +213,9 @@ static void wide_linear(const Linear& a) {
     scales.resize(a.rows * groups);
     float* scale = scales.data();
     Work work{a, {scale, nullptr, a.inputs, groups}, nullptr, a.inputs / 2, nullptr};
-    lay_out<Wide>(work, rows, [&](long r, uint32_t* to) {
-        for (long g = 0; g < groups; g++)
-            widen_group(a.x + r * a.inputs + g * W16::GROUP, W16::GROUP, (int16_t*)to + g * W16::GROUP, scale + r * groups + g);
+    lay_out<Wide>(work, rows, [&](long r, long k, long count, uint32_t* to) {
+        for (long g = k / W16::GROUP; g < (k + count) / W16::GROUP; g++, to += W16::GROUP / 2)
+            widen_group(a.x + r * a.inputs + g * W16::GROUP, W16::GROUP, (int16_t*)to, scale + r * groups + g);
     });
     run<Wide>(work);
 }
@@ -213,7 +223,7 @@ static void wide_linear(const Linear& a) {
 static void pair_linear(const Linear& a) {
     static thread_local std::vector<uint32_t> rows;
     Work work{a, {}, nullptr, a.inputs / 2, nullptr};
-    lay_out<Plain<B16>>(work, rows, [&](long r, uint32_t* to) { narrow_n(a.x + r * a.inputs, a.inputs, (bf16*)to); });
+    lay_out<Plain<B16>>(work, rows, [&](long r, long k, long count, uint32_t* to) { narrow_n(a.x + r * a.inputs + k, count, (bf16*)to); });
     run<Plain<B16>>(work);
 }
 

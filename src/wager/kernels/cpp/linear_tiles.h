@@ -4,10 +4,10 @@
 #include "formats.h"
 #include "linear.h"
 
-constexpr int MR = VL == 16 ? 12 : 6;     // most rows that pass in one tile
+constexpr int MR = VL == 16 ? 12 : 6;     // most rows that pass in one tile: no more, and the weights are read once
 constexpr int SUMS = VL == 16 ? 24 : 12;  // accumulators that fit the registers
 #ifndef WAGER_PREFETCH
-#define WAGER_PREFETCH 1024
+#define WAGER_PREFETCH 1536
 #endif
 constexpr long PREFETCH = WAGER_PREFETCH;  // bytes ahead of each of four panels that advance together; fewer panels fetch further ahead
 
@@ -21,7 +21,7 @@ typedef uint32_t __attribute__((may_alias)) element;  // an activation as a kern
 struct Work {
     const Linear& a;
     Acts acts;
-    const element* x;   // `steps` elements per row: row after row, or tile after tile with a tile's rows side by side
+    const element* x;   // `steps` elements per row, tile after tile, a tile's rows side by side
     long steps;
     const float* sums;  // of every group of inputs, where a format has zero points
 };
@@ -37,17 +37,22 @@ struct Span {
     long step;
 };
 
-constexpr int panels_for(int rows, int sums) { return rows * 4 * NV <= sums ? 4 : rows * 2 * NV <= sums ? 2 : 1; }
+constexpr int panels_for(int rows, int sums) {
+    int most = sums / (rows * NV);
+    return most < 1 ? 1 : most > 4 ? 4 : VL < 16 && most == 3 ? 2 : most;
+}
 
-// Where row r's elements are: x[r * across + k * along].
-template <typename X, int R, bool TILED>
+// The elements of a tile's rows, side by side.
+template <typename X, int R>
 struct Rows {
     typedef X __attribute__((may_alias)) value;
     const value* x;
-    long across;
-    Rows(const Work& work, long row) : x((const value*)work.x + row * work.steps), across(work.steps) {}
-    inline X at(int r, long k) const { return TILED ? x[k * R + r] : x[r * across + k]; }
+    Rows(const Work& work, long row) : x((const value*)work.x + row * work.steps) {}
+    inline X at(int r, long k) const { return x[k * R + r]; }
 };
+
+// Into the second cache: lines on their way to the first would take up the few places that its misses have.
+static inline void fetch(const char* from) { __builtin_prefetch(from, 0, 2); }
 
 template <int R, int P>
 struct Sums {
@@ -67,15 +72,15 @@ struct Sums {
 // One product per input (or pair of inputs), sums straight in the accumulators.
 template <typename F>
 struct Plain {
-    static constexpr int MANY = 6;  // rows of a tile when there are more than MR
+    static constexpr int MANY = VL == 16 ? 8 : 6;  // most rows of a tile when there are more than MR
     static constexpr int PIECE = F::BYTES;
     static constexpr long SLICE = KC * F::STEP;
     static constexpr bool ZEROS = false;
     static long bytes(long inputs) { return inputs / F::STEP * F::BYTES; }
     static constexpr int panels(int rows) { return panels_for(rows, SUMS); }
-    template <int R, int P, bool TILED>
+    template <int R, int P>
     static inline void tile(const Work& work, const Span& s) {
-        const Rows<typename F::X, R, TILED> x(work, s.row);
+        const Rows<typename F::X, R> x(work, s.row);
         long panel_bytes = bytes(work.a.inputs);
         Sums<R, P> acc;
         acc.begin(s);
@@ -83,7 +88,7 @@ struct Plain {
         for (long k = s.k0 / F::STEP; k < s.k1 / F::STEP; k++, w += F::BYTES, ahead += s.step) {
             typename F::Weight weight[P][NV];
             for (int p = 0; p < P; p++) {
-                if (s.ahead) __builtin_prefetch(ahead + p * panel_bytes);
+                if (s.ahead) fetch(ahead + p * panel_bytes);
                 for (int v = 0; v < NV; v++) weight[p][v] = F::weight(w + p * panel_bytes, v);
             }
             for (int r = 0; r < R; r++) {
@@ -104,10 +109,10 @@ struct Integer {
     static constexpr bool ZEROS = false;  // sums of activations are in Acts
     static long bytes(long inputs) { return inputs / F::GROUP * F::BYTES; }
     static constexpr int panels(int rows) { return panels_for(rows, SUMS * 2 / 3); }
-    template <int R, int P, bool TILED>
+    template <int R, int P>
     static inline void tile(const Work& work, const Span& s) {
         constexpr int WORDS = 8 / F::BITS;  // vectors of codes in a vector of words
-        const Rows<int32_t, R, TILED> x(work, s.row);
+        const Rows<int32_t, R> x(work, s.row);
         const Acts& acts = work.acts;
         long panel_bytes = bytes(work.a.inputs);
         Sums<R, P> acc;
@@ -122,7 +127,7 @@ struct Integer {
                 vu raw[P][NV];
                 for (int p = 0; p < P; p++) {
                     const char* from = w + p * panel_bytes + F::HEAD + j * 64;
-                    if (s.ahead) __builtin_prefetch(ahead + p * panel_bytes);
+                    if (s.ahead) fetch(ahead + p * panel_bytes);
                     for (int v = 0; v < NV; v++) raw[p][v] = *(const vu*)(from + v * VL * 4);
                 }
                 for (int i = 0; i < WORDS; i++)
@@ -157,9 +162,9 @@ struct Wide {
     static constexpr bool ZEROS = false;
     static long bytes(long inputs) { return inputs / W16::GROUP * W16::BYTES; }
     static constexpr int panels(int rows) { return panels_for(rows, SUMS); }
-    template <int R, int P, bool TILED>
+    template <int R, int P>
     static inline void tile(const Work& work, const Span& s) {
-        const Rows<int32_t, R, TILED> x(work, s.row);
+        const Rows<int32_t, R> x(work, s.row);
         const Acts& acts = work.acts;
         long panel_bytes = bytes(work.a.inputs);
         Sums<R, P> acc;
@@ -171,7 +176,7 @@ struct Wide {
             for (long j = 0; j < W16::GROUP / 2; j++, ahead += s.step) {
                 vi weight[P][NV];
                 for (int p = 0; p < P; p++) {
-                    if (s.ahead) __builtin_prefetch(ahead + p * panel_bytes);
+                    if (s.ahead) fetch(ahead + p * panel_bytes);
                     for (int v = 0; v < NV; v++) weight[p][v] = *(const vi*)(w + p * panel_bytes + W16::HEAD + j * 64 + v * VL * 4);
                 }
                 for (int r = 0; r < R; r++) {
@@ -199,10 +204,10 @@ struct Weighted {
     static constexpr bool ZEROS = F::ZEROS;
     static long bytes(long inputs) { return inputs / F::GROUP * F::BYTES; }
     static constexpr int panels(int rows) { return panels_for(rows, SUMS / 2); }
-    template <int R, int P, bool TILED>
+    template <int R, int P>
     static inline void tile(const Work& work, const Span& s) {
         constexpr int EACH = 32 / F::BITS;  // codes in a word
-        const Rows<float, R, TILED> x(work, s.row);
+        const Rows<float, R> x(work, s.row);
         const C codes{work.a.table};
         long panel_bytes = bytes(work.a.inputs), groups = work.a.inputs / F::GROUP;
         Sums<R, P> acc;
@@ -214,7 +219,7 @@ struct Weighted {
                 vu raw[P][NV];
                 for (int p = 0; p < P; p++) {
                     const char* from = w + p * panel_bytes + F::HEAD + j * 64;
-                    if (s.ahead) __builtin_prefetch(ahead + p * panel_bytes);
+                    if (s.ahead) fetch(ahead + p * panel_bytes);
                     for (int v = 0; v < NV; v++) raw[p][v] = *(const vu*)(from + v * VL * 4);
                 }
                 for (int i = 0; i < EACH; i++) {
@@ -244,12 +249,12 @@ struct Weighted {
     }
 };
 
-// The tile for a number of rows; TILED ones occur with at most MANY rows, others with at most MR.
-template <typename K, int P, bool TILED>
+// The tile for a number of rows: those whose sums take P panels, and one less, as tiles beside them have.
+template <typename K, int P>
 static void rows_tile(int rows, const Work& work, const Span& span) {
     switch (rows) {
 #define CASE(n) \
-    case n: if constexpr (TILED ? n <= K::MANY && K::panels(K::MANY) == P : K::panels(n) == P) K::template tile<n, P, TILED>(work, span); break;
+    case n: if constexpr (K::panels(n) == P || K::panels(n + 1) == P) K::template tile<n, P>(work, span); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if defined(__AVX512F__)
         CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
