@@ -86,15 +86,28 @@ def test_speculation_over_streamed_layers(deep_dir, expected):
 
 
 def test_the_file_and_the_reader_end_with_the_engine(deep_dir, tmp_path):
+    """The file has no name while it is read, so that nothing is left of it even when the process is killed."""
     path = tmp_path / "layers.bin"
     llm = LLM(str(deep_dir), offload_layers=2, offload_file=str(path))
     llm.generate(PROMPTS[0], PARAMS)
-    assert path.exists()
-    before = threading.active_count()
-    ring_of(llm).close()
-    assert not path.exists() and threading.active_count() < before
+    ring = ring_of(llm)
+    file = os.fstat(ring._fd)
+    assert (file.st_nlink, file.st_size, path.exists()) == (0, ring.file_bytes, False)
+    before, descriptor = threading.active_count(), ring._fd
+    ring.close()
+    assert threading.active_count() < before
+    with pytest.raises(OSError):
+        os.fstat(descriptor)
     del llm
     gc.collect()
+
+
+def test_a_file_that_exists_is_not_overwritten(deep_dir, tmp_path):
+    path = tmp_path / "layers.bin"
+    path.write_text("mine")
+    with pytest.raises(UsageError, match=r"layers\.bin exists"):
+        LLM(str(deep_dir), offload_layers=2, offload_file=str(path))
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize("slots", [1, 9])

@@ -65,7 +65,8 @@ class _Stored:
 class LayerRing:
     """Streams `model.layers` through `slots` buffers. One thread computes (passes must not overlap), one reads.
 
-    path: the file to write the layers to; removed with the ring. bytes_per_s: read no faster than this (None: as fast as it goes).
+    path: the file to write the layers to; it keeps no name, so that its space comes back however the process ends.
+    bytes_per_s: read no faster than this (None: as fast as it goes).
     """
 
     def __init__(self, model: nn.Module, slots: int, path: Path | None = None, bytes_per_s: float | None = None):
@@ -84,6 +85,7 @@ class LayerRing:
         self.path = self._stored.path
         self._buffers = [mmap.mmap(-1, self._stored.largest) for _ in range(slots)]
         self._fd, self._direct = _open(self.path)
+        self.path.unlink()
         self._bind()
         self._changed = threading.Condition()
         self._held: list[int] = [-1] * slots  # the layer a slot holds completely
@@ -111,7 +113,7 @@ class LayerRing:
         return sum(layer.nbytes for layer in self._stored.layers)
 
     def close(self) -> None:
-        """Stop reading and delete the file; the model cannot run any more."""
+        """Stop reading and give the file back; the model cannot run any more."""
         with self._changed:
             self._stop = True
             self._changed.notify_all()
@@ -120,7 +122,6 @@ class LayerRing:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self.path.unlink(missing_ok=True)
 
     def __del__(self):
         if hasattr(self, "_thread"):
@@ -236,11 +237,13 @@ class _File:
 
 
 def _store(layers: nn.ModuleList, path: Path | None) -> _File:
-    """Write every layer's tensors to the file, each layer aligned."""
+    """Write every layer's tensors to a new file, each layer aligned. Raises UsageError when there is one."""
     if path is None:
         handle, name = tempfile.mkstemp(prefix="wager-layers-", suffix=".bin")
         os.close(handle)
         path = Path(name)
+    elif path.exists():
+        raise UsageError(f"offload_file {path} exists; name a file that can be made new", param="offload_file")
     stored = []
     with open(path, "wb") as file:
         for layer in layers:
