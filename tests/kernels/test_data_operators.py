@@ -64,6 +64,28 @@ def test_sort_is_stable(keys):
     assert torch.equal(kernels.sort_by_key(keys), keys.argsort(stable=True))
 
 
+@pytest.mark.parametrize("highest", [0, 1, 500, 2**20, 2**32 - 1, 2**32, 2**62])
+def test_sort_is_stable_when_threads_share_the_rows(highest):
+    keys = torch.randint(-3, highest - 2, (200_000,), generator=torch.Generator().manual_seed(0))
+    threads, made = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            made.append(native.sort_by_key(keys))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(order, keys.argsort(stable=True)) for order in made)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(-3, 9), max_size=60), st.integers(0, 7))
+def test_group_by_key(keys, num_keys):
+    """Also with keys that no group has."""
+    order, starts = kernels.group_by_key(torch.tensor(keys, dtype=torch.int64), num_keys)
+    for k in range(num_keys):
+        assert order[starts[k] : starts[k + 1]].tolist() == [i for i, key in enumerate(keys) if key == k]
+
+
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(0, 50), segments=st.integers(1, 9), width=st.sampled_from([1, 8, 19]), seed=st.integers(0, 99))
 def test_reduce_by_key(n, segments, width, seed):

@@ -18,6 +18,7 @@ from wager.errors import UsageError
 from wager.kernels.native_data import (
     SIGNATURES,
     embedding,
+    group_by_key,
     likely_weights,
     pack_experts,
     penalise,
@@ -29,8 +30,8 @@ from wager.kernels.native_data import (
 from wager.native import build
 
 __all__ = [
-    "apply_rope", "embedding", "gelu_tanh_mul", "layer_norm", "layer_norm_residual", "library", "likely_weights", "march", "pack_experts",
-    "paged_attention", "penalise", "race", "rms_norm", "rms_norm_residual", "rope_write", "sample", "segment_reduce", "serves",
+    "apply_rope", "embedding", "gelu_tanh_mul", "group_by_key", "layer_norm", "layer_norm_residual", "library", "likely_weights", "march",
+    "pack_experts", "paged_attention", "penalise", "race", "rms_norm", "rms_norm_residual", "rope_write", "sample", "segment_reduce", "serves",
     "silu_mul", "sort_by_key", "write_kv",
 ]  # fmt: skip
 

@@ -19,7 +19,8 @@ _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 SIGNATURES = {
     "wager_embedding_f32": (_P, _P, _L, _L, _P, _I),
     "wager_embedding_bf16": (_P, _P, _L, _L, _P, _I),
-    "wager_sort_by_key": (_P, _L, _L, _L, _P),
+    "wager_sort_by_key": (_P, _L, _P, _I),
+    "wager_segment_starts": (_P, _L, _L, _P),
     "wager_segment_reduce": (_P, _P, _P, _L, _L, _I, _P, _I),
     "wager_experts": (_P,),
     "wager_sample": (_P,),
@@ -75,11 +76,15 @@ def embedding(ids_T: Tensor, table_VD: Tensor) -> Tensor:
 
 
 def sort_by_key(keys_N: Tensor) -> Tensor:
-    keys, order = keys_N.long().contiguous(), torch.empty(len(keys_N), dtype=torch.int64)
-    if len(keys):
-        low, high = keys.aminmax()
-        _library().wager_sort_by_key(keys.data_ptr(), len(keys), int(low), int(high), order.data_ptr())
-    return order
+    keys, order_N = keys_N.long().contiguous(), torch.empty(len(keys_N), dtype=torch.int64)
+    _library().wager_sort_by_key(keys.data_ptr(), len(keys), order_N.data_ptr(), torch.get_num_threads())
+    return order_N
+
+
+def group_by_key(keys_N: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    keys, starts_S1 = keys_N.long().contiguous(), torch.empty(num_keys + 1, dtype=torch.int64)
+    _library().wager_segment_starts(keys.data_ptr(), len(keys), num_keys, starts_S1.data_ptr())
+    return sort_by_key(keys), starts_S1
 
 
 def segment_reduce(values_ND: Tensor, starts_S1: Tensor, mode: str = "sum", rows_M: Tensor | None = None) -> Tensor:

@@ -29,7 +29,7 @@ from wager.native import build
 
 __all__ = [
     "BlockInput", "BlockOutput", "Choice", "Norm", "apply_rope", "block_input", "block_output", "choice", "embedding", "gelu_tanh_mul",
-    "has_fast_form", "layer_norm", "layer_norm_residual", "likely_weights", "pack_experts", "pack_linear", "paged_attention", "penalise",
+    "group_by_key", "has_fast_form", "layer_norm", "layer_norm_residual", "likely_weights", "pack_experts", "pack_linear", "paged_attention", "penalise",
     "race", "reduce_by_key", "rms_norm", "rms_norm_residual", "rope_write", "sample", "segment_reduce", "silu_mul", "sort_by_key",
     "usual_mode", "write_kv",
 ]  # fmt: skip
@@ -213,6 +213,14 @@ def sort_by_key(keys_N: Tensor) -> Tensor:
     return _of_device("sort_by_key", keys_N, not keys_N.dtype.is_floating_point)(keys_N)
 
 
+def group_by_key(keys_N: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """(order, starts): rows of key k are order[starts[k]:starts[k + 1]], as they came, for k in 0 .. num_keys - 1. Both int64."""
+    if keys_N.device.type == "cpu" and not keys_N.dtype.is_floating_point and choice().form == "native":
+        return native.group_by_key(keys_N, num_keys)
+    order_N = sort_by_key(keys_N)
+    return order_N, reference.segment_starts(keys_N[order_N], num_keys)
+
+
 def segment_reduce(values_ND: Tensor, starts_S1: Tensor, mode: str = "sum", rows_M: Tensor | None = None) -> Tensor:
     if mode not in ("sum", "mean", "max"):
         raise UsageError(f"segments cannot be reduced by {mode!r}; use sum, mean or max")
@@ -221,8 +229,8 @@ def segment_reduce(values_ND: Tensor, starts_S1: Tensor, mode: str = "sum", rows
 
 def reduce_by_key(values_ND: Tensor, keys_N: Tensor, num_keys: int, mode: str = "sum") -> Tensor:
     """[num_keys, D]: sum, mean or max of the rows that have each key 0 .. num_keys - 1, in their order. The bits do not depend on threads."""
-    order_N = sort_by_key(keys_N)
-    return segment_reduce(values_ND, reference.segment_starts(keys_N[order_N], num_keys), mode, order_N)
+    order_N, starts_S1 = group_by_key(keys_N, num_keys)
+    return segment_reduce(values_ND, starts_S1, mode, order_N)
 
 
 def pack_experts(networks: Sequence[tuple[Any, Any]], activation: str) -> Any:
