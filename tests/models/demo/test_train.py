@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,13 +87,15 @@ def test_transformers_reads_the_export_and_agrees(pair):
     assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_two_processes_take_the_same_step_as_one(pair, tmp_path):
+def test_two_processes_take_the_same_step_as_one(pair, tmp_path, monkeypatch):
+    """Also into a relative folder, which every process must find."""
+    monkeypatch.chdir(tmp_path)
     common = {"batch_tokens": 128, "window": 32, "short_window": 32, "learning_rate": 1e-2, "warmup": 1e-9}
     saved = []
     for processes in (1, 2):
-        out = tmp_path / str(processes)
+        out = Path(str(processes))
         out.mkdir()
-        train(config(), pair / "train.npy", out, Recipe(128 * 3, processes=processes, **common))
+        train(config(), pair.absolute() / "train.npy", out, Recipe(128 * 3, processes=processes, **common))
         saved.append(load_file(out / "model.safetensors")["model.layers.0.mlp.down_proj.weight"].float())
     start = Llama(LlamaConfig.from_checkpoint(config()), torch.float32, torch.Generator().manual_seed(0))
     moved = saved[0] - start.layers[0].mlp.down.weight.detach()

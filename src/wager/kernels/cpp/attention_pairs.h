@@ -43,8 +43,10 @@ static inline void split_row(const float* from, long padded, two* to) {
 // 8 pairs of 16 rows, columns made rows: to[KEYS * i] gets pair i of every row. Only `count` pairs of a row may be read, more are 0.
 static inline void turn_pairs(const bf16* const* rows, long d, int count, two* to) {
     __mmask8 there = (__mmask8)((1u << count) - 1);
+    asm("" : "+r"(rows));  // otherwise GCC keeps the rows' addresses in vector registers
+    auto row = [&](int i) { return count == 8 ? _mm256_loadu_si256((const __m256i*)(rows[i] + d)) : _mm256_maskz_loadu_epi32(there, rows[i] + d); };
     auto rows_of = [&](int i) {
-        __m256i low = _mm256_maskz_loadu_epi32(there, rows[i] + d), high = _mm256_maskz_loadu_epi32(there, rows[i + 8] + d);
+        __m256i low = row(i), high = row(i + 8);
         return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     };
     const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
@@ -72,7 +74,8 @@ static inline void pair_values(const bf16* const* values, long width, long padde
     for (int j = 0; j < pairs; j++)
         for (long d = 0; d < padded; d += 32) {
             __mmask32 there = width - d >= 32 ? 0xffffffffu : (1u << (width - d)) - 1;
-            __m512i a = _mm512_maskz_loadu_epi16(there, values[2 * j] + d), b = _mm512_maskz_loadu_epi16(there, values[2 * j + 1] + d);
+            auto row = [&](const bf16* from) { return width - d >= 32 ? _mm512_loadu_si512(from + d) : _mm512_maskz_loadu_epi16(there, from + d); };
+            __m512i a = row(values[2 * j]), b = row(values[2 * j + 1]);
             _mm512_store_si512(to + j * padded + d, _mm512_unpacklo_epi16(a, b));
             _mm512_store_si512(to + j * padded + d + 16, _mm512_unpackhi_epi16(a, b));
         }

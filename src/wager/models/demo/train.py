@@ -76,7 +76,7 @@ def train(config: dict[str, Any], stream: Path, out: Path, recipe: Recipe) -> No
     """Train a model of the given config.json; writes weights into `out` before the first step, as it goes and at the end."""
     if recipe.processes == 1:
         return _worker(0, config, stream, out, recipe, None)
-    store = out / "rendezvous"
+    store = out.absolute() / "rendezvous"
     store.unlink(missing_ok=True)
     spawn(_worker, (config, stream, out, recipe, store), nprocs=recipe.processes)
     store.unlink(missing_ok=True)
