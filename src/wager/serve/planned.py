@@ -28,6 +28,7 @@ from wager.serve.batch import Batch
 from wager.serve.cache.pool import KVPool
 
 SHAPES = 256  # the latest ones, whose calls are kept
+ROPE_POSITIONS = 512  # whose angles are there from the start
 Calls = list[tuple[Any, tuple]]
 Halves = list[tuple[BlockInput, BlockOutput]]
 
@@ -35,13 +36,12 @@ Halves = list[tuple[BlockInput, BlockOutput]]
 class PlannedBody:
     """Embedding, blocks and last norm. The caller makes `room`, fills the arrays below and calls `run`.
 
-    tokens_T, positions_T, slots_T int64; starts_R, contexts_R int32; tables int32 [R * B] and mask uint64 [T * P], rows side by side; angles
-    cos_TR, sin_TR float32.
+    tokens_T, positions_T, slots_T int64; starts_R, contexts_R int32; tables int32 [R * B] and mask uint64 [T * P], rows side by side.
     """
 
     def __init__(self, model: Llama, pool: KVPool, block_size: int, halves: Halves):
         self.model, self.pool, self.block_size, self.halves = model, pool, block_size, halves
-        self.pairs = model.rope(torch.zeros(1, dtype=torch.int64))[0].shape[1]
+        self._angles = self._turns(ROPE_POSITIONS)
         self._room = (0, 0, 0, 0)
         self._calls: OrderedDict[tuple[int, ...], Calls] = OrderedDict()
 
@@ -56,7 +56,7 @@ class PlannedBody:
         self.tokens_T, self.positions_T, self.slots_T = (buffer(rows, torch.int64) for _ in range(3))
         self.starts_R, self.contexts_R = buffer(spans + 1, torch.int32), buffer(spans, torch.int32)
         self.tables, self.mask = buffer(entries, torch.int32), buffer(mask, torch.int64).view(np.uint64)
-        self.cos_TR, self.sin_TR = (buffer((rows, self.pairs)) for _ in range(2))
+        self._cos_TR, self._sin_TR = (buffer((rows, table.shape[1])) for table in self._angles)
         self._x, self._total, self._stream, self._branch, self._normed = (buffer((rows, width)) for _ in range(5))
         self._qkv = buffer((rows, heads + 2 * kv_heads, head_dim))
         self._attended = buffer((rows, heads * self.model.attention[0].value_dim))
@@ -69,9 +69,21 @@ class PlannedBody:
             if len(self._calls) > SHAPES:
                 self._calls.popitem(last=False)
         self._calls.move_to_end(key)
+        self._turn(tokens)
         for function, arguments in self._calls[key]:
             function(*arguments)
         return self._normed[:tokens]
+
+    def _turn(self, tokens: int) -> None:
+        """The angles of the positions, from tables that grow with the longest sequence."""
+        positions = self.positions_T[:tokens]
+        if (last := int(positions.max())) >= len(self._angles[0]):
+            self._angles = self._turns(_rounded(last + 1))
+        for table, to in zip(self._angles, (self._cos_TR, self._sin_TR), strict=True):
+            np.take(table, positions, axis=0, out=to[:tokens], mode="clip")
+
+    def _turns(self, positions: int) -> list[np.ndarray]:
+        return [t.contiguous().numpy() for t in self.model.rope(torch.arange(positions))]
 
     def _make_calls(self, tokens: int, spans: int, words: int, table_width: int, threads: int) -> Calls:
         lib, model = native.library(), self.model
@@ -106,7 +118,7 @@ class PlannedBody:
         if stream is not None:
             a.residual, a.total = at(stream), at(self._total)
         a.qkv.rows, a.qkv.y, a.qkv.threads = tokens, at(self._qkv), threads
-        a.cos, a.sin, a.pairs = at(self.cos_TR), at(self.sin_TR), self.pairs
+        a.cos, a.sin, a.pairs = at(self._cos_TR), at(self._sin_TR), self._cos_TR.shape[1]
         return ctypes.byref(a)
 
     def _output(self, half: BlockOutput, total: np.ndarray, tokens: int, threads: int) -> Any:
@@ -157,10 +169,9 @@ class PlannedForward:
         (spans, width), tokens = tables.tables_RB.shape, len(batch.tokens_T)
         words = 0 if mask is None else mask.shape[1]
         body.room(tokens, spans, words, spans * width)
-        cos_TR, sin_TR = body.model.rope(batch.positions_T)
         for to, array in (
             (body.tokens_T, batch.tokens_T), (body.positions_T, batch.positions_T), (body.slots_T, tables.slots_T),
-            (body.starts_R, batch.span_starts), (body.contexts_R, batch.contexts_R), (body.cos_TR, cos_TR), (body.sin_TR, sin_TR),
+            (body.starts_R, batch.span_starts), (body.contexts_R, batch.contexts_R),
         ):  # fmt: skip
             to[: len(array)] = array.numpy()
         body.tables[: spans * width] = tables.tables_RB.numpy().ravel()

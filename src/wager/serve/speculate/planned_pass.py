@@ -31,8 +31,6 @@ class PlannedPass:
     def __init__(self, runner: ModelRunner, body: PlannedBody, head: NativeLinear):
         model, block_size = body.model, runner.blocks.block_size
         self.runner, self.body, self.head, self.block_size = runner, body, head, block_size
-        positions = torch.arange(model.max_positions)
-        self.cos_table, self.sin_table = (t.contiguous().numpy() for t in model.rope(positions))
         self.table_width = -(-model.max_positions // block_size) + 8
         body.room(MAX_TOKENS, MAX_SPANS, MAX_WORDS, MAX_SPANS * self.table_width)
         self.picked = buffer((MAX_TOKENS, model.hidden_size))
@@ -92,8 +90,6 @@ class PlannedPass:
             body.starts_R[row + 1] = end
             wanted += range(end - span.logit_rows, end)
             start = end
-        np.take(self.cos_table, body.positions_T[:start], axis=0, out=body.cos_TR[:start], mode="clip")
-        np.take(self.sin_table, body.positions_T[:start], axis=0, out=body.sin_TR[:start], mode="clip")
         return start, words, wanted
 
     def _head(self, count: int, rows: np.ndarray) -> LinearArgs:
