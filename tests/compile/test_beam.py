@@ -36,7 +36,7 @@ def row_of_convolutions(count: int):
     return plain.program, sites
 
 
-def clock(program, segment, channels_last) -> float:
+def clock(segment, channels_last) -> float:
     """A native call changes the layout once, however many operators it holds."""
     return LIBRARY if segment[0].taken.form is None else CALL + LAYOUT + NATIVE * len(segment)
 
@@ -64,7 +64,7 @@ def test_alike_calls_are_timed_once():
     for site in sites[1:]:
         site.choice = sites[0].choice
     timed = []
-    price = Price(program, sites, lambda p, s, c: timed.append((s[0].taken.name, len(s), c)) or clock(p, s, c))
+    price = Price(program, sites, lambda s, c: timed.append((s[0].taken.name, len(s), c)) or clock(s, c))
     beam([[0, 1]] * 3, (0, 0, 0), price)
     assert len(timed) == len(set(timed))
     assert ("native", 1, True) in timed and ("native", 2, False) in timed  # behind the library values lie channels last
@@ -96,7 +96,7 @@ def test_a_beam_out_of_time_returns_whole_graphs():
 @pytest.mark.parametrize("faster", [True, False])
 def test_the_first_graph_stays_unless_another_is_faster_as_a_network(faster, monkeypatch):
     program, sites = row_of_convolutions(3)
-    monkeypatch.setattr(beams, "Price", lambda program, sites: Price(program, sites, clock))
+    monkeypatch.setattr(beams, "Clock", lambda program: clock)
     built = []
 
     def together(calls, **_):

@@ -76,21 +76,24 @@ def chains(program: Program, sites: list[Site]) -> Overrides:
     }
 
 
-def runner(program: Program, segment: list[Site]) -> Run:
+def operators_of(site: Site, channels_first: bool) -> list[Operator]:
+    """The native steps of the contender that is taken; its weights are packed here."""
+    return native_operators(site.taken, site.fused, channels_first)
+
+
+def runner(
+    program: Program, segment: list[Site], operators: Callable[[Site, bool], list[Operator]] = operators_of
+) -> Run:
     """What one call runs."""
-    first = segment[0].taken
-    if first.form is None:
-        assert first.run is not None
-        return first.run
-    return _chain(program, segment)
-
-
-def _chain(program: Program, sites: list[Site]) -> Chain:
-    n, c, h, w = program.nodes[sites[0].fused.source].shape
+    first = segment[0]
+    if first.taken.form is None:
+        assert first.taken.run is not None
+        return first.taken.run
+    n, c, h, w = program.nodes[first.fused.source].shape
     steps: list[Operator] = [LayoutOperator(n, c, h * w)] if c > 1 and h * w > 1 else []
-    for site in sites:
-        steps += native_operators(site.taken, site.fused, channels_first=site is sites[-1])
-    return Chain(steps, sites[-1].fused.node.shape)
+    for site in segment:
+        steps += operators(site, site is segment[-1])
+    return Chain(steps, segment[-1].fused.node.shape)
 
 
 def alternatives(site: Site) -> list[int]:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from wager.compile.ollie.assemble import alternatives, runner, segments
+from wager.compile.ollie.assemble import alternatives, operators_of, runner, segments
 from wager.compile.ollie.sites import Site
 from wager.graph.execute import Executable
+from wager.graph.lower.windows import Operator
 from wager.graph.program import Program
 from wager.graph.timer import quick_time, time_together
 
@@ -24,22 +25,33 @@ KEPT = 16
 FINALISTS = 4
 Picks = tuple[int, ...]
 """Which contender every operator takes."""
-Clock = Callable[[Program, list[Site], bool], float]
 
 
-def clock(program: Program, segment: list[Site], channels_last: bool) -> float:
-    """Seconds of one call on an input that lies channels last or first."""
-    x = torch.randn(program.nodes[segment[0].fused.source].shape)
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    run = runner(program, segment)
-    return quick_time(lambda: run(x), rounds=3)
+class Clock:
+    """Seconds of one call on an input that lies channels last or first. Weights are packed once for every contender."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.made: dict[Any, list[Operator]] = {}
+
+    def __call__(self, segment: list[Site], channels_last: bool) -> float:
+        x = torch.randn(self.program.nodes[segment[0].fused.source].shape)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        run = runner(self.program, segment, self._operators)
+        return quick_time(lambda: run(x), rounds=3)
+
+    def _operators(self, site: Site, channels_first: bool) -> list[Operator]:
+        key = (id(site.choice), site.at, channels_first)
+        if key not in self.made:
+            self.made[key] = operators_of(site, channels_first)
+        return self.made[key]
 
 
 class Price:
     """Seconds of a graph: the sum over its calls. Calls that are alike are timed once."""
 
-    def __init__(self, program: Program, sites: Sequence[Site], clock: Clock = clock):
+    def __init__(self, program: Program, sites: Sequence[Site], clock: Callable[[list[Site], bool], float]):
         self.program, self.sites, self.clock = program, list(sites), clock
         self.calls: dict[Any, float] = {}
         self.graphs: dict[Picks, float] = {}
@@ -56,7 +68,7 @@ class Price:
         """`channels_last`: how the library, or a derived plan, leaves what it makes."""
         key = (channels_last, *((id(s.choice), s.at) for s in segment))  # equal operators share their choice
         if key not in self.calls:
-            self.calls[key] = self.clock(self.program, segment, channels_last)
+            self.calls[key] = self.clock(segment, channels_last)
         return self.calls[key]
 
 
@@ -94,7 +106,7 @@ def choose(program: Program, sites: list[Site], build: Callable[[], Executable],
         return
     start, until = tuple(s.at for s in sites), time.perf_counter() + budget_s
     options = [alternatives(s) for s in sites]
-    found = beam(options, start, Price(program, sites), over=lambda: time.perf_counter() > until)
+    found = beam(options, start, Price(program, sites, Clock(program)), over=lambda: time.perf_counter() > until)
     runs: dict[str, Executable] = {}
     picked = {str(p): p for p in dict.fromkeys([start, *found[:FINALISTS]])}
     for name, picks in picked.items():

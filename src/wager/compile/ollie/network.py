@@ -29,7 +29,8 @@ from wager.graph.execute import Executable
 from wager.graph.program import Program
 from wager.graph.timer import quick_time
 
-BEAM_SHARE = 0.5  # of the time that is left for choosing on the whole network
+NETWORK_SHARE = 0.2  # of the budget at least, for choosing on the whole network
+BEAM_SHARE = 0.5  # of the time that is left for that
 
 
 @dataclass
@@ -59,7 +60,7 @@ def optimize(
     memory: dict[Any, Site] = {}
     found = find_convolutions(program, known)
     for left, fused in zip(range(len(found), 0, -1), found, strict=True):
-        share = (deadline - time.perf_counter()) / left
+        share = (deadline - NETWORK_SHARE * budget_s - time.perf_counter()) / left
         site = site_of(program, fused, max_depth, share, keep, eoperators, memory)
         sites.append(site)
         if progress:
