@@ -25,8 +25,8 @@ LIMITS = Limits(max_block_ops=9, max_kernels=2, budget_s=3600)
 @pytest.fixture(scope="module")
 def found() -> list[Program]:
     """What the search makes of the plan that cuts the keys in two."""
-    explorer = concrete.Explorer(to_json(PROGRAM), LIMITS, 2, 0, time.time() + 3600, SIZES["grids"], 1)
-    result = explorer((True, [KEYS_CUT]))
+    explorer = concrete.Explorer(to_json(PROGRAM), LIMITS, 2, 0, time.time() + 3600, SIZES["grids"], SIZES["loops"], 1)
+    result = explorer(("pair", [KEYS_CUT]))
     assert result is not None and result["verified"] == len(result["programs"])
     return [from_json(text) for text in result["programs"]]
 

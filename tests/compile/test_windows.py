@@ -16,7 +16,7 @@ from wager.compile.ollie.network import optimize
 from wager.graph.expression import Call, Read, Scope, Tensor, evaluate, inputs_of
 from wager.graph.index import floordiv, it
 from wager.graph.lower import filtering
-from wager.graph.lower.windows import Chain, Epilogue, LayoutOperator
+from wager.graph.lower.windows import Chain, Epilogue, LayoutOperator, row_step, spaced
 from wager.graph.trace import trace
 
 
@@ -39,6 +39,8 @@ CASES = {
     "dilated": ("conv", (1, 13, 7, 16), (48, 16, 3, 3), 1, (2, 2), 2, 0),
     "dilated by 3, uneven": ("conv", (1, 11, 10, 16), (16, 16, 3, 3), 1, (3, 3), 3, 0),
     "1x7": ("conv", (3, 7, 7, 5), (12, 5, 1, 7), 1, (0, 3), 1, 0),
+    "1x7, rows that share a set of the cache": ("conv", (2, 3, 7, 1024), (40, 1024, 1, 7), 1, (0, 3), 1, 0),
+    "every pixel has its own taps": ("conv", (1, 5, 3, 8), (33, 8, 5, 3), 1, (2, 1), 1, 0),
     "strided 5x5 into one": ("conv", (2, 11, 13, 16), (1, 16, 5, 5), 2, (2, 2), 1, 0),
     "one channel": ("conv", (1, 33, 13, 1), (20, 1, 5, 5), 1, (2, 2), 1, 0),
     "transposed": ("transposed", (3, 5, 4, 16), (16, 32, 4, 4), 2, (1, 1), 1, 0),
@@ -82,6 +84,23 @@ def test_every_form_of_every_convolution_is_right(case, activation, rng):
         torch.testing.assert_close(last.permute(0, 3, 1, 2).double(), want, atol=5e-4, rtol=1e-4)
         first = Chain(forms.operators(form, found, how, channels_first=True), want.shape)(x)
         assert torch.equal(first.permute(0, 2, 3, 1), last)
+
+
+def test_rows_are_moved_apart_only_where_that_pays():
+    def step(channels: int, features: int, pixels: int = 7) -> int:
+        scope = definitions.conv((1, 7, pixels, channels), (features, channels, 1, 7), (1, 1), (0, 3), (1, 1))
+        found = forms.windows_of(scope)
+        assert found is not None
+        return row_step(windows.tabulate(found, np.ones((features, channels, 1, 7), np.float32)))
+
+    assert step(1024, 40) == 1040 and step(2048, 64) == 2064
+    assert step(1024, 16) == step(1040, 40) == step(512, 64) == step(1024, 40, 100) == 0
+    found = forms.windows_of(definitions.conv((2, 3, 7, 1024), (40, 1024, 1, 7), (1, 1), (0, 3), (1, 1)))
+    assert found is not None
+    table = windows.tabulate(found, np.ones((40, 1024, 1, 7), np.float32))
+    apart = spaced(table, 1040)
+    for old, new in zip(table.groups, apart.groups, strict=True):
+        assert np.array_equal(new.base * 1024, old.base * 1040) and np.array_equal(new.delta * 1024, old.delta * 1040)
 
 
 def test_a_wrong_table_is_found_by_the_check(rng, monkeypatch):

@@ -81,6 +81,7 @@ def compile(
     time_budget_s: float = 60.0,
     max_block_ops: int = 11,
     max_kernels: int = 1,
+    max_library_ops: int = 0,
     samples: int = 12,
     workers: int = 1,
     state: str | Path | None = None,
@@ -90,8 +91,8 @@ def compile(
     """The fastest verified form found within the budget. Raises UsageError for an unknown search or a function that cannot be imported.
 
     `max_block_ops` bounds Mirage's and Prism's block graphs; `max_kernels=2` lets them also split a sum over blocks of one kernel and merge it
-    in a second (flash-decoding); `samples` is how many members are compiled and timed; `workers` processes search;
-    `state` names a file from which a stopped search goes on; with `cache` an answer found before on this machine is taken from disk (and
+    in a second (flash-decoding); `max_library_ops` lets Mirage build kernel graphs of that many library operators beside custom kernels;
+    `samples` is how many members are compiled and timed; `workers` processes search; `state` names a file from which a stopped search goes on; with `cache` an answer found before on this machine is taken from disk (and
     verified and timed again).
     """
     if search not in SEARCHES:
@@ -100,6 +101,8 @@ def compile(
         raise UsageError(f"time_budget_s is {time_budget_s}; give a positive number of seconds")
     if max_kernels not in (1, 2) or (max_kernels == 2 and search == "ollie"):
         raise UsageError(f"max_kernels is {max_kernels} with search {search!r}; use 1, or 2 with prism or mirage")
+    if max_library_ops < 0 or (max_library_ops and search != "mirage"):
+        raise UsageError(f"max_library_ops is {max_library_ops} with search {search!r}; use 0, or more with mirage")
     bad = next(
         (x for x in example_inputs if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu"),
         None,
@@ -115,7 +118,7 @@ def compile(
     if search == "ollie":
         run, program, report = _ollie(traced, time_budget_s, progress)
     else:
-        limits = Limits(max_block_ops=max_block_ops, max_kernels=max_kernels, budget_s=time_budget_s)
+        limits = Limits(max_block_ops, max_kernels=max_kernels, max_library_ops=max_library_ops, budget_s=time_budget_s)
         settings = Settings(search, limits, samples, workers, state, cache)
         run, program, report = superoptimize(traced, example_inputs, settings, progress)
     compiled = Compiled(function, traced, run, program, report)

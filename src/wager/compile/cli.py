@@ -62,6 +62,7 @@ def run(
     budget: float = typer.Option(60.0, help="Seconds to search."),
     max_block_ops: int = typer.Option(11, help="Largest block graph that Mirage and Prism build."),
     max_kernels: int = typer.Option(1, help="2: also two kernels, the first of which splits a sum (Prism)."),
+    max_library_ops: int = typer.Option(0, help="Library operators beside custom kernels in one graph (Mirage)."),
     workers: int = typer.Option(1, help="Processes that search (Mirage and Prism)."),
     state: Path | None = typer.Option(  # noqa: B008
         None, help="File that keeps what the search has done; a stopped search goes on from it."
@@ -82,7 +83,7 @@ def run(
     with telling() as say:
         done = optimise(
             function, inputs, search=search, time_budget_s=budget, max_block_ops=max_block_ops, max_kernels=max_kernels,
-            workers=workers, state=state, cache=cache, progress=say,
+            max_library_ops=max_library_ops, workers=workers, state=state, cache=cache, progress=say,
         )  # fmt: skip
     print(done.report())
     if out:

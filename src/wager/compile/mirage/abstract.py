@@ -144,6 +144,18 @@ def entries(node: Node, shapes: Sequence[tuple[int, ...]], loop: int = 1) -> int
     return shapes[0][-1] if node.op == "rms_norm" else 1
 
 
+PARAMETERS = ("scale", "shift", "clamp", "leaky_relu")
+"""Operators whose attributes say what is computed."""
+
+
+def of_operator(
+    algebra: Algebra, node: Node, args: Sequence[int], shapes: Sequence[tuple[int, ...]], loop: int = 1
+) -> int:
+    """The expression of one operator on operands with these expressions and shapes. Raises TooLarge."""
+    attrs = dict(node.attrs) if node.op in PARAMETERS else {}
+    return algebra.apply(node.op, args, entries(node, shapes, loop), attrs)
+
+
 def of_program(algebra: Algebra, program: Program) -> list[int]:
     """The expression of every node; kernel nodes are inlined."""
     values: list = []
@@ -163,14 +175,7 @@ def of_program(algebra: Algebra, program: Program) -> list[int]:
         elif node.op in ("reshape", "permute", "expand"):
             values.append(args[0])
         else:
-            values.append(
-                algebra.apply(
-                    node.op,
-                    args,
-                    entries(node, shapes),
-                    dict(node.attrs) if node.op in ("scale", "shift", "clamp", "leaky_relu") else {},
-                )
-            )
+            values.append(of_operator(algebra, node, args, shapes))
     return values
 
 
@@ -187,8 +192,7 @@ def of_block(algebra: Algebra, kernel: Node, arguments: Sequence[int]) -> list[i
         elif node.op == "output":
             values.append(args[0])
         else:
-            attrs = dict(node.attrs) if node.op in ("scale", "shift", "clamp", "leaky_relu") else {}
-            values.append(algebra.apply(node.op, args, entries(node, shapes, block.loop), attrs))
+            values.append(of_operator(algebra, node, args, shapes, block.loop))
     return [v for v, n in zip(values, block.nodes, strict=True) if n.op == "output"]
 
 

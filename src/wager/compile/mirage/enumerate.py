@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from wager.compile.mirage.abstract import Algebra, Subexpressions, TooLarge
+from wager.compile.mirage.abstract import PARAMETERS, Algebra, Subexpressions, TooLarge
 from wager.compile.mirage.generate import BlockSearch, Limits, Operator, Progress, Structure
 from wager.errors import BuildError
 from wager.graph.operators import BINARY, COMMUTATIVE, UNARY, Shape
@@ -88,7 +88,7 @@ class Enumerator:
 
     def _expression(self, at: int, a: int, b: int, count: int) -> int:
         operator = self.operators[at]
-        attrs = dict(operator.attrs) if operator.op in ("scale", "shift", "clamp", "leaky_relu") else {}
+        attrs = dict(operator.attrs) if operator.op in PARAMETERS else {}
         try:
             value = self.algebra.apply(operator.op, [a] if b < 0 else [a, b], count, attrs)
         except TooLarge:

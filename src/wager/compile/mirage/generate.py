@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from wager.compile.mirage.abstract import Algebra, Subexpressions, TooLarge, entries
+from wager.compile.mirage.abstract import Algebra, Subexpressions, TooLarge, of_operator
 from wager.graph.operators import BINARY, COMMUTATIVE, Shape, ShapeError, infer
 from wager.graph.program import Attrs, Node, Program, pack
 
@@ -39,12 +39,14 @@ class Operator:
 class Limits:
     """`max_block_ops` counts input iterators, operators and output savers of one block graph.
 
+    `max_library_ops`: pre-defined operators that a kernel graph may hold beside `max_kernels` custom kernels (concrete search).
     `prune` keeps a prefix only where it can become the target; `pruning` says how that is decided: "normal form" or "e-graph".
     """
 
     max_block_ops: int = 9
     max_outputs: int = 2
     max_kernels: int = 1
+    max_library_ops: int = 0
     budget_s: float = 60.0
     prune: bool = True
     pruning: str = "normal form"
@@ -184,8 +186,7 @@ class BlockSearch:
         self.progress.states += 1
         node = Node(op, inputs, shape, operator.attrs)
         try:
-            attrs = dict(operator.attrs) if op in ("scale", "shift", "clamp", "leaky_relu") else {}
-            value = self.algebra.apply(op, [self.expr[i] for i in inputs], entries(node, shapes, self.loop), attrs)
+            value = of_operator(self.algebra, node, [self.expr[i] for i in inputs], shapes, self.loop)
         except TooLarge:
             return False
         if self.limits.prune and value not in self.targets:

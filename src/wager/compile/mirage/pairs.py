@@ -13,6 +13,7 @@ from itertools import product
 
 from wager.compile.mirage.enumerate import Enumerator
 from wager.compile.mirage.generate import Progress, Structure
+from wager.compile.mirage.plans import Plan
 from wager.compile.mirage.regions import grid_maps
 from wager.compile.prism.family import ARENA_LIMIT
 from wager.compile.prism.mapping import Ties
@@ -20,10 +21,6 @@ from wager.compile.prism.search import merges, saved_expressions
 from wager.graph.lower.cpp import arena_bytes
 from wager.graph.operators import Shape, ShapeError
 from wager.graph.program import BlockBuilder, BlockGraph, Builder, Program, cut
-
-Grid = tuple[int, int, int]
-Maps = tuple[tuple[int, ...], ...]
-Plan = tuple[Grid, int, Maps, tuple[int, ...]]
 
 
 def splitting(plans: Iterator[Plan], program: Program) -> Iterator[Plan]:
@@ -71,7 +68,7 @@ def pairs(
         inputs, tiles, limits.max_outputs, lambda e, _: len(e) > 1 and target not in e, progress, loop
     ):
         saved = saved_expressions(algebra, structure, inputs, loop)
-        block = _closed(structure, program.input_shapes, plan)
+        block = closed(structure, program.input_shapes, plan)
         if block is None:
             continue
         shapes = [block.output_shape(o) for o in block.outputs]
@@ -102,14 +99,14 @@ def _merged(
     for structure in second.run(saved, tiles, 1, wanted, progress, loop):
         if not merges(structure):
             continue
-        merge = _closed(structure, shapes, plan)
+        merge = closed(structure, shapes, plan)
         if merge is not None and merge.output_shape(merge.outputs[0]) == out:
             build = Builder()
             given = [build.input(s, n) for s, n in zip(program.input_shapes, program.input_names, strict=True)]
             yield build.build(*build.kernel(build.kernel(given, block), merge))
 
 
-def _closed(structure: Structure, arguments: Sequence[Shape], plan: Plan) -> BlockGraph | None:
+def closed(structure: Structure, arguments: Sequence[Shape], plan: Plan) -> BlockGraph | None:
     """The structure as a block graph; None when blocks would write one another's parts or the arena is too small.
 
     Results of blocks lie side by side along the dimension that the grid cuts, and those of a split sum along the last.

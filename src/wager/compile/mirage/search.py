@@ -20,14 +20,14 @@ import numpy as np
 from wager.compile.mirage.abstract import Algebra, of_program
 from wager.compile.mirage.enumerate import Enumerator
 from wager.compile.mirage.generate import Limits, Progress, Structure, menu
+from wager.compile.mirage.kernel_level import KernelLevel, Prefix, Step
 from wager.compile.mirage.lookup import pruner
 from wager.compile.mirage.pairs import pairs, splitting
-from wager.compile.mirage.regions import grid_maps
+from wager.compile.mirage.plans import Plan, plans
 from wager.compile.prism.family import ARENA_LIMIT, GRID_SIZES, LOOP_SIZES
-from wager.compile.prism.mapping import choices
 from wager.compile.units import Journal, fingerprint, run
 from wager.graph.lower.cpp import arena_bytes
-from wager.graph.operators import Shape, ShapeError
+from wager.graph.operators import Shape
 from wager.graph.program import BlockBuilder, Builder, Program, cut, from_json, to_json
 from wager.graph.verify.finite_field import verify
 
@@ -41,8 +41,9 @@ class Found:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-Plan = tuple[tuple[int, int, int], int, tuple[tuple[int, ...], ...], tuple[int, ...]]
-"""Grid, loop range, input maps, loop maps."""
+Unit = tuple[str, Any]
+"""A kind and what to search: a batch of plans ("single"; "pair": of the first of two kernels), or, "mixed", the library operators that a
+kernel graph begins with, the values that its first custom kernel reads, and a batch of plans for that."""
 UNIT_PLANS = 32
 
 
@@ -60,8 +61,9 @@ def search(
     workers: int = 1,
     state: str | Path | None = None,
 ) -> Found:
-    """Verified programs for the sizes in `grids` and `loops`, until the budget ends: of one kernel, with `max_kernels` 2 then of two.
+    """Verified programs for the sizes in `grids` and `loops`, until the budget ends: of one kernel, with `max_kernels` 2 then of two in a row.
 
+    With `max_library_ops` come last the graphs that mix custom kernels and library operators (see kernel_level.py).
     `regions` skips maps with which no block could compute its part (without it the search is the published one).
     `state`: a file that keeps what is finished; a search that was stopped goes on from it. The result does not depend on `workers`.
     """
@@ -70,11 +72,13 @@ def search(
     start = time.perf_counter()
     settings = [vars(limits) | {"budget_s": 0}, list(grids), list(loops), least_blocks, regions, trials, seed]
     journal = Journal(state, fingerprint("mirage", to_json(program), settings))
-    units = chain(
-        ((False, batch) for batch in batched(plans(program, grids, loops, least_blocks, regions), UNIT_PLANS)),
-        ((True, batch) for batch in batched(_openings(program, limits, grids, loops, least_blocks), UNIT_PLANS)),
+    sizes = (tuple(grids), tuple(loops), least_blocks)
+    units: Iterator[Unit] = chain(
+        (("single", batch) for batch in batched(plans(program, *sizes, regions), UNIT_PLANS)),
+        (("pair", batch) for batch in batched(_openings(program, limits, *sizes), UNIT_PLANS)),
+        (("mixed", opening) for opening in _mixed(program, limits, *sizes)),
     )
-    work = Explorer(to_json(program), limits, trials, seed, time.time() + limits.budget_s, tuple(grids), least_blocks)
+    work = Explorer(to_json(program), limits, trials, seed, time.time() + limits.budget_s, *sizes)
     before = dict(vars(progress))
     totals = {name: 0 for name in ("states", "pruned", "structures", "mappings", "verified")}
     for _, _, result in run(units, work, journal, lambda: progress.look(limits), workers):
@@ -97,6 +101,31 @@ def _openings(
         yield from splitting(plans(program, grids, loops, least_blocks, regions=False), program)
 
 
+def _level(program: Program, limits: Limits, sizes: tuple) -> KernelLevel:
+    algebra = Algebra()
+    targets = pruner(algebra, program, [of_program(algebra, program)[program.outputs[0]]], limits, tiled=True)
+    return KernelLevel(program, algebra, targets, limits, *sizes)
+
+
+def _mixed(program: Program, limits: Limits, *sizes: Any) -> Iterator[tuple[tuple[Step, ...], tuple[int, ...], list]]:
+    """Library operators, what the first custom kernel reads, and a batch of its plans."""
+    if limits.max_library_ops < 1:
+        return
+    level = _level(program, limits, sizes)
+    turns = [
+        (prefix.steps, inputs, batched(level.plans(prefix, inputs), UNIT_PLANS))
+        for prefix in level.openings()
+        for inputs in level.arguments(prefix)
+    ]
+    while turns:  # all openings in turn, so that a short search sees something of each
+        left = []
+        for steps, inputs, batches in turns:
+            if (batch := next(batches, None)) is not None:
+                yield steps, inputs, batch
+                left.append((steps, inputs, batches))
+        turns = left
+
+
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     items = iter(items)
     while batch := list(islice(items, size)):
@@ -114,75 +143,54 @@ class Explorer:
         seed: int,
         deadline: float,
         grids: tuple[int, ...] = GRID_SIZES,
+        loops: tuple[int, ...] = LOOP_SIZES,
         least_blocks: int = 1,
     ):
-        self.settings = (program, limits, trials, seed, deadline, grids, least_blocks)
-        self.enumerator: Enumerator | None = None
+        self.settings = (program, limits, trials, seed, deadline, grids, loops, least_blocks)
+        self.level: KernelLevel | None = None
 
     def __reduce__(self) -> Any:
         return Explorer, self.settings
 
     def _prepare(self) -> None:
-        text, limits, *_ = self.settings
+        text, limits, *_, grids, loops, least_blocks = self.settings
         self.program = from_json(text)
-        algebra = Algebra()
-        values = of_program(algebra, self.program)
-        self.target, self.shape = values[self.program.outputs[0]], self.program.output_shapes[0]
-        self.inputs = [values[i] for i in self.program.input_positions]
-        targets = pruner(algebra, self.program, [self.target], limits, tiled=True)
-        self.enumerator = Enumerator(algebra, targets, menu(self.program), limits)
-        self.second = Enumerator(algebra, targets, menu(self.program, width=self.shape[-1]), limits)
+        self.level = _level(self.program, limits, (grids, loops, least_blocks))
+        self.target, self.shape = self.level.target, self.level.shape
+        self.inputs = [v.expression for v in self.level.start.values]
+        self.enumerator = self.level.enumerator
+        wider = menu(self.program, width=self.shape[-1])
+        self.second = Enumerator(self.level.algebra, self.level.targets, wider, limits)
 
-    def __call__(self, unit: tuple[bool, Sequence[Plan]]) -> dict[str, Any] | None:
-        """What was found and counted in a batch of plans (of one kernel, or of the first of two); None when the deadline came first."""
-        if self.enumerator is None:
+    def __call__(self, unit: Unit) -> dict[str, Any] | None:
+        """What was found and counted in a unit; None when the deadline came first."""
+        if self.level is None:
             self._prepare()
-        paired, batch = unit
+        assert self.level is not None
+        kind, batch = unit
         _, limits, trials, seed, deadline, *_ = self.settings
         progress = Progress()
         limits = replace(limits, budget_s=max(0.0, deadline - time.time()))
+        self.level.limits = self.enumerator.limits = self.second.limits = limits
         result: dict[str, Any] = {"programs": [], "verification_s": 0.0}
-        step = self._pairs if paired else self._plan
-        for plan in batch:
-            step(plan, limits, progress, result, trials, np.random.default_rng([seed, progress.mappings]))
+        steps, arguments, plans = batch if kind == "mixed" else ((), (), batch)
+        for plan in plans:
+            rng = np.random.default_rng([seed, progress.mappings])
+            progress.mappings += 1
+            if kind == "mixed":
+                found = self._mixed(self.level.opened(steps), arguments, plan, progress)
+            else:
+                found = self._pairs(plan, progress) if kind == "pair" else self._single(plan, progress)
+            self._record(found, progress, result, trials, rng)
             if progress.limit.startswith("time"):
                 return None
         names = ("states", "pruned", "structures", "mappings", "verified")
         return result | {name: getattr(progress, name) for name in names}
 
-    def _plan(
-        self, plan: Plan, limits: Limits, progress: Progress, result: dict, trials: int, rng: np.random.Generator
+    def _record(
+        self, found: Iterator[Program], progress: Progress, result: dict, trials: int, rng: np.random.Generator
     ) -> None:
-        grid, loop, imaps, fmaps = plan
-        program, target, whole = self.program, self.target, math.prod(self.shape)
-        progress.mappings += 1
-        tiles = [cut(s, (*m, f), (*grid, loop)) for s, m, f in zip(program.input_shapes, imaps, fmaps, strict=True)]
-        size = math.prod(grid)
-
-        def accept(expressions: list[int], shapes: list[Shape]) -> bool:
-            return expressions == [target] and math.prod(shapes[0]) * size == whole
-
-        assert self.enumerator is not None
-        self.enumerator.limits = limits
-        for structure in self.enumerator.run(self.inputs, tiles, 1, accept, progress, loop):
-            for candidate in close(structure, program, grid, loop, imaps, fmaps):
-                tick = time.perf_counter()
-                if verify(program, candidate, rng, max_trials=trials, target=0.0):
-                    progress.verified += 1
-                    result["programs"].append(to_json(candidate))
-                result["verification_s"] += time.perf_counter() - tick
-
-    def _pairs(
-        self, plan: Plan, limits: Limits, progress: Progress, result: dict, trials: int, rng: np.random.Generator
-    ) -> None:
-        """Two kernels, the first by this plan."""
-        assert self.enumerator is not None
-        self.enumerator.limits = self.second.limits = limits
-        *_, grids, least_blocks = self.settings
-        progress.mappings += 1
-        found = pairs(
-            plan, self.program, self.target, self.inputs, self.enumerator, self.second, grids, least_blocks, progress
-        )  # fmt: skip
+        """Keeps what computes the program."""
         for candidate in found:
             tick = time.perf_counter()
             if verify(self.program, candidate, rng, max_trials=trials, target=0.0):
@@ -190,39 +198,31 @@ class Explorer:
                 result["programs"].append(to_json(candidate))
             result["verification_s"] += time.perf_counter() - tick
 
+    def _single(self, plan: Plan, progress: Progress) -> Iterator[Program]:
+        """One kernel, cut by this plan."""
+        grid, loop, imaps, fmaps = plan
+        program, target, whole = self.program, self.target, math.prod(self.shape)
+        tiles = [cut(s, (*m, f), (*grid, loop)) for s, m, f in zip(program.input_shapes, imaps, fmaps, strict=True)]
+        size = math.prod(grid)
 
-def plans(
-    program: Program, grid_sizes: Sequence[int], loop_sizes: Sequence[int], least_blocks: int, regions: bool = True
-) -> Iterator[Plan]:
-    """Every (grid, loop range, input maps, loop maps) whose cuts are exact; a parallel dimension that cuts nothing has size 1.
+        def accept(expressions: list[int], shapes: list[Shape]) -> bool:
+            return expressions == [target] and math.prod(shapes[0]) * size == whole
 
-    `regions`: only grid maps that give every block what its part of the output depends on. Grid dimensions are interchangeable: one order.
-    """
-    count, shapes = (3 if len(program.output_shapes[0]) > 2 else 2), program.input_shapes
-    loops = list(product(*(range(-1, len(s)) for s in shapes)))
-    for columns in grid_maps(program, count) if regions else _any_maps(shapes, count):
-        used = [any(d >= 0 for d in column) for column in columns]
-        imaps = tuple((*(c[i] for c in columns), *(-1 for _ in range(3 - count))) for i in range(len(shapes)))
-        for sizes in product(*([g for g in grid_sizes if g > 1] if u else (1,) for u in used)):
-            grid = (*sizes, *(1 for _ in range(3 - count)))
-            if not least_blocks <= math.prod(grid) <= 4096:
-                continue
-            try:
-                tiles = [cut(s, m, grid) for s, m in zip(shapes, imaps, strict=True)]
-            except ShapeError:
-                continue
-            for fmaps in loops:
-                for loop in [n for n in loop_sizes if n > 1] if any(f >= 0 for f in fmaps) else (1,):
-                    if all(f < 0 or not t[f] % loop for t, f in zip(tiles, fmaps, strict=True)):
-                        yield grid, loop, imaps, fmaps  # type: ignore[misc]
+        for structure in self.enumerator.run(self.inputs, tiles, 1, accept, progress, loop):
+            yield from close(structure, program, grid, loop, imaps, fmaps)
 
+    def _pairs(self, plan: Plan, progress: Progress) -> Iterator[Program]:
+        """Two kernels, the first by this plan."""
+        *_, grids, _, least_blocks = self.settings
+        yield from pairs(
+            plan, self.program, self.target, self.inputs, self.enumerator, self.second, grids, least_blocks, progress
+        )  # fmt: skip
 
-def _any_maps(shapes: Sequence[Shape], count: int) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """Every well-formed choice of columns, in falling order."""
-    for chosen in product(*(list(choices(len(s), count, False)) for s in shapes)):
-        columns = tuple(tuple(c[p] for c in chosen) for p in range(count))
-        if all(a >= b for a, b in zip(columns, columns[1:], strict=False)):
-            yield columns
+    def _mixed(self, opening: Prefix, arguments: tuple[int, ...], plan: Plan, progress: Progress) -> Iterator[Program]:
+        """Library operators, then a custom kernel by this plan, then what may follow."""
+        assert self.level is not None
+        for prefix in self.level.custom(opening, arguments, plan, progress):
+            yield from self.level.graphs(prefix, progress)
 
 
 def close(

@@ -24,11 +24,15 @@ from wager.graph.timer import quick_time
 CACHE_BYTES_PER_S = 60e9
 FLOPS = 150e9
 SECOND_LEVEL_BYTES = 512 * 1024
+FUNCTIONS = frozenset(("exp", "silu", "tanh", "gelu", "sigmoid"))  # a dozen multiplications each
+LIBRARY_CALL_S = 5e-6
 
 
 def bound_s(program: Program, threads: int) -> float:
-    """A price that only ranks: every block reads its tiles through the cache and multiplies; too few blocks idle threads."""
-    total = 0.0
+    """A price that only ranks: every block reads its tiles through the cache and multiplies; too few blocks idle threads.
+
+    Library operators count too."""
+    total = library_s(program, threads)
     for node in program.kernels:
         block = node.block
         assert block is not None
@@ -39,12 +43,26 @@ def bound_s(program: Program, threads: int) -> float:
                 k = block.nodes[n.inputs[0]].shape[-1]
                 flops += 2 * math.prod(n.shape) * k * block.loop
                 small += (n.shape[-1] % 32 != 0) + (n.shape[-2] < 6) + (k < 64) + 0.3 * (n.shape[-2] % 8 != 0)
-            elif n.op in ("exp", "silu", "tanh", "gelu", "sigmoid"):
+            elif n.op in FUNCTIONS:
                 flops += 15 * math.prod(n.shape) * block.loop
         waves = math.ceil(block.blocks / threads)
         kept = 4 * sum(math.prod(n.shape) for n in block.nodes if n.op not in ("input", "output"))
         crowded = 1.0 + max(0.0, kept / SECOND_LEVEL_BYTES - 0.5)
         total += waves * (moved / CACHE_BYTES_PER_S + flops / FLOPS * (1 + 0.5 * small) * crowded + 1e-7 * block.loop)
+    return total
+
+
+def library_s(program: Program, threads: int) -> float:
+    """The same price for the library operators beside the kernels: whole tensors in and out, arithmetic, and a call each."""
+    total = 0.0
+    for node in program.nodes:
+        if node.op in ("input", "const", "kernel", "result", "permute", "reshape", "expand"):
+            continue
+        shapes = [program.nodes[i].shape for i in node.inputs]
+        moved = 4 * sum(math.prod(s) for s in (*shapes, node.shape))
+        flops = 2 * math.prod(node.shape) * shapes[0][-1] if node.op == "matmul" else 0
+        flops += 15 * math.prod(node.shape) if node.op in FUNCTIONS else 0
+        total += LIBRARY_CALL_S + (moved / CACHE_BYTES_PER_S + flops / FLOPS) / threads
     return total
 
 

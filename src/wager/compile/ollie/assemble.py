@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wager.compile.ollie.sites import Site, native_operators
+from wager.compile.ollie.sites import Run, Site, native_operators
 from wager.graph.execute import Executable
 from wager.graph.lower.windows import Chain, LayoutOperator, Operator
 from wager.graph.program import Program
@@ -42,40 +42,65 @@ def rewired(program: Program, constants: Mapping[str, Tensor], overrides: Overri
     return executable
 
 
-def chains(program: Program, sites: list[Site]) -> Overrides:
-    """What computes each operator's last node; neighbours that run natively become one call."""
+def segments(program: Program, sites: list[Site]) -> list[list[Site]]:
+    """The calls that the choices make: an operator of its own, or neighbours that run natively one after another."""
     users: dict[int, int] = {}
     for node in program.nodes:
         for j in node.inputs:
             users[j] = users.get(j, 0) + 1
     by_source = {s.fused.source: s for s in sites if users.get(s.fused.source, 0) == 1 and s.taken.form}
-    inner = {s.fused.source for s in sites if s.taken.form}
-    overrides: Overrides = {}
-    done: set[int] = set()
     ends = {s.fused.last: s for s in sites if s.taken.form}
+    found: list[list[Site]] = []
+    done: set[int] = set()
     for site in sites:
         if site.taken.form is None:
-            assert site.taken.run is not None
-            overrides[site.fused.last] = (site.taken.run, (site.fused.source,))
+            found.append([site])
             continue
-        previous = ends.get(site.fused.source)
-        joined = previous is not None and site.fused.source in inner and site.fused.source in by_source
-        if site.fused.last in done or (joined and site.fused.source not in program.outputs):
+        source = site.fused.source
+        joined = source in ends and source in by_source and source not in program.outputs
+        if site.fused.last in done or joined:
             continue
         chain = [site]
         while (follower := by_source.get(chain[-1].fused.last)) and chain[-1].fused.last not in program.outputs:
             chain.append(follower)
         done |= {s.fused.last for s in chain}
-        overrides[chain[-1].fused.last] = (_chain(program, chain), (site.fused.source,))
-    return overrides
+        found.append(chain)
+    return found
 
 
-def _chain(program: Program, sites: list[Site]) -> Chain:
-    n, c, h, w = program.nodes[sites[0].fused.source].shape
+def chains(program: Program, sites: list[Site]) -> Overrides:
+    """What computes each call's last node."""
+    return {
+        segment[-1].fused.last: (runner(program, segment), (segment[0].fused.source,))
+        for segment in segments(program, sites)
+    }
+
+
+def operators_of(site: Site, channels_first: bool) -> list[Operator]:
+    """The native steps of the contender that is taken; its weights are packed here."""
+    return native_operators(site.taken, site.fused, channels_first)
+
+
+def runner(
+    program: Program, segment: list[Site], operators: Callable[[Site, bool], list[Operator]] = operators_of
+) -> Run:
+    """What one call runs."""
+    first = segment[0]
+    if first.taken.form is None:
+        assert first.taken.run is not None
+        return first.taken.run
+    n, c, h, w = program.nodes[first.fused.source].shape
     steps: list[Operator] = [LayoutOperator(n, c, h * w)] if c > 1 and h * w > 1 else []
-    for site in sites:
-        steps += native_operators(site.taken, site.fused, channels_first=site is sites[-1])
-    return Chain(steps, sites[-1].fused.node.shape)
+    for site in segment:
+        steps += operators(site, site is segment[-1])
+    return Chain(steps, segment[-1].fused.node.shape)
+
+
+def alternatives(site: Site) -> list[int]:
+    """The contenders that may be worth taking in the network: those that are near alone (two beside the first), and the library's."""
+    near = [i for i, c in enumerate(site.contenders) if c.seconds < REVISED * site.contenders[0].seconds]
+    library_at = next((i for i, c in enumerate(site.contenders) if c.name == "library"), 0)
+    return list(dict.fromkeys((0, *near[:3], library_at)))
 
 
 def revise(program: Program, sites: list[Site], build: Callable[[], Executable], budget_s: float) -> Executable:
@@ -85,9 +110,7 @@ def revise(program: Program, sites: list[Site], build: Callable[[], Executable],
         return best
     inputs = [torch.randn(program.nodes[i].shape) for i in best.slots]
     for site in sites:
-        near = [i for i, c in enumerate(site.contenders) if i and c.seconds < REVISED * site.contenders[0].seconds]
-        library_at = next((i for i, c in enumerate(site.contenders) if c.name == "library"), 0)
-        for i in near[:2] if library_at in near[:2] else [*near[:2], library_at]:
+        for i in alternatives(site):
             if time.perf_counter() > until or i == site.at:
                 continue
             old, site.at = site.at, i

@@ -3,8 +3,9 @@
 Bias, batch normalisation and the activation behind a convolution are folded into it first; parallel products and convolutions of one value
 become one (see inter.py). For every distinct convolution the contenders are the library's own fused operator, the native forms of its product
 over windows, and the finalists of the derivation search with the activation inside the generated kernel; equal shapes are searched once.
-Afterwards neighbours that run natively are joined into chains: one call, channels last inside, no layout change between them. The choices
-are then revised on the whole network, left to right, since an operator that is second alone may be first where it keeps a chain whole.
+Afterwards neighbours that run natively are joined into chains: one call, channels last inside, no layout change between them. An operator
+that is second alone may be first where it keeps a chain whole: graphs are combined left to right, the best sixteen kept (see beam.py), and the
+choices of the fastest are revised one by one on the whole network.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from wager.compile.ollie.assemble import Overrides, chains, revise, rewired
+from wager.compile.ollie.beam import choose
 from wager.compile.ollie.convolutions import Fused, find_convolutions
 from wager.compile.ollie.cut import pieces
 from wager.compile.ollie.inter import alike, parallel_products
@@ -26,6 +28,9 @@ from wager.compile.ollie.sites import Choice, Run, Site, piece_site, site_of
 from wager.graph.execute import Executable
 from wager.graph.program import Program
 from wager.graph.timer import quick_time
+
+NETWORK_SHARE = 0.2  # of the budget at least, for choosing on the whole network
+BEAM_SHARE = 0.5  # of the time that is left for that
 
 
 @dataclass
@@ -55,7 +60,7 @@ def optimize(
     memory: dict[Any, Site] = {}
     found = find_convolutions(program, known)
     for left, fused in zip(range(len(found), 0, -1), found, strict=True):
-        share = (deadline - time.perf_counter()) / left
+        share = (deadline - NETWORK_SHARE * budget_s - time.perf_counter()) / left
         site = site_of(program, fused, max_depth, share, keep, eoperators, memory)
         sites.append(site)
         if progress:
@@ -76,6 +81,7 @@ def optimize(
     def build() -> Executable:
         return rewired(program, constants, overrides | chains(program, sites))
 
+    choose(program, sites, build, max(deadline - time.perf_counter(), 2.0) * BEAM_SHARE)
     executable = revise(program, sites, build, max(deadline - time.perf_counter(), 2.0))
     for site in sites:
         _explain(site)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wager.compile.mirage.abstract import Algebra, entries, of_program
+from wager.compile.mirage.abstract import Algebra, of_operator, of_program
 from wager.compile.mirage.enumerate import Enumerator
 from wager.compile.mirage.generate import Limits, Progress, Structure, menu
 from wager.compile.mirage.lookup import pruner
@@ -134,9 +134,8 @@ def saved_expressions(algebra: Algebra, structure: Structure, inputs: Sequence[i
         if node.op == "input":
             values.append(inputs[i])
             continue
-        attrs = dict(node.attrs) if node.op in ("scale", "shift", "clamp", "leaky_relu") else {}
         shapes = [structure.nodes[j].shape for j in node.inputs]
-        values.append(algebra.apply(node.op, [values[j] for j in node.inputs], entries(node, shapes, loop), attrs))
+        values.append(of_operator(algebra, node, [values[j] for j in node.inputs], shapes, loop))
     return [values[s] for s in structure.saved]
 
 

@@ -26,6 +26,8 @@ struct Group {  // pixels that share their weights
 struct Window {
     long repeats, in_step, out_step;  // whole copies of the tables, e.g. the images of a batch
     long groups, taps, channels, features, feature_step;
+    long rows, row_step;  // where row_step: the input is first copied to `copy`, its rows of channels this far apart
+    float* copy;
     long dot;  // 1: lanes run over channels (few features), weights [tap][feature][channel, padded to vectors]; 0: over features, weights [block][tap][c][WIDTH]
     const Group* group;
     Epilogue epilogue;
@@ -125,11 +127,23 @@ static void wg_tile(const Window& w, const Group& g, const float* in, const floa
     }
 }
 
-template <int MR>
-static inline long wg_tiles(const Window& w, const Group& g, const float* in, const float* zeros, long at, long end, long t0, long t1,
-                            long block, float* partial, float* out, long from) {
-    for (; at + MR <= end; at += MR) wg_tile<MR>(w, g, in, zeros, at, t0, t1, block, partial + (at - from) * WIDTH, out);
-    return at;
+// How many of the pixels [at, end) make the next tile: a tile runs all taps that any of its pixels has, so pixels with other taps waste work;
+// large tiles load fewer weights for each pixel.
+static inline int wg_next(const Group& g, long at, long end) {
+    if (at + ROWS <= end && g.mask[at] == g.mask[at + ROWS - 1]) return ROWS;  // pixels are sorted by their taps
+    static const int sizes[] = {1, 2, 4, 6, 7, 8, 12};
+    uint64_t any = 0;
+    long useful = 0, seen = 0;
+    int best = 1;
+    float most = -1.0f;
+    for (const int size : sizes) {
+        if (size > ROWS || at + size > end) break;
+        for (; seen < size; seen++) any |= g.mask[at + seen], useful += __builtin_popcountll(g.mask[at + seen]);
+        const long done = (long)__builtin_popcountll(any) * (size < 4 ? 4 : size);
+        const float worth = (done ? (float)useful / done : 1.0f) * size / (size + 1);
+        if (worth >= most) most = worth, best = size;
+    }
+    return best;
 }
 
 // Pixels [from, end) of a group, one block of features. Taps are cut so that the weights in use stay in the second-level cache.
@@ -139,12 +153,19 @@ static void wg_window_block(const Window& w, const Group& g, const float* in, co
     const long step = per_tap * w.taps <= budget || end - from <= ROWS ? w.taps : (budget / per_tap ? budget / per_tap : 1);
     for (long t0 = 0; t0 < w.taps; t0 += step) {
         const long t1 = t0 + step < w.taps ? t0 + step : w.taps;
-        long at = wg_tiles<ROWS>(w, g, in, zeros, from, end, t0, t1, block, partial, out, from);
-        if (ROWS > 8) at = wg_tiles<8>(w, g, in, zeros, at, end, t0, t1, block, partial, out, from);
-        if (ROWS > 6) at = wg_tiles<6>(w, g, in, zeros, at, end, t0, t1, block, partial, out, from);
-        at = wg_tiles<4>(w, g, in, zeros, at, end, t0, t1, block, partial, out, from);
-        at = wg_tiles<2>(w, g, in, zeros, at, end, t0, t1, block, partial, out, from);
-        wg_tiles<1>(w, g, in, zeros, at, end, t0, t1, block, partial, out, from);
+        for (long at = from, size; at < end; at += size) {
+            size = wg_next(g, at, end);
+            float* const kept = partial + (at - from) * WIDTH;
+            switch (size) {
+                case 12: wg_tile<ROWS>(w, g, in, zeros, at, t0, t1, block, kept, out); break;
+                case 8: wg_tile<ROWS < 8 ? ROWS : 8>(w, g, in, zeros, at, t0, t1, block, kept, out); break;
+                case 7: wg_tile<ROWS < 7 ? ROWS : 7>(w, g, in, zeros, at, t0, t1, block, kept, out); break;
+                case 6: wg_tile<6>(w, g, in, zeros, at, t0, t1, block, kept, out); break;
+                case 4: wg_tile<4>(w, g, in, zeros, at, t0, t1, block, kept, out); break;
+                case 2: wg_tile<2>(w, g, in, zeros, at, t0, t1, block, kept, out); break;
+                default: wg_tile<1>(w, g, in, zeros, at, t0, t1, block, kept, out);
+            }
+        }
     }
 }
 
@@ -217,12 +238,19 @@ constexpr long PIXELS = 192;  // of one work item at most
 
 // Called by every thread of a parallel region; ends with a barrier.
 static void wg_window(const Window& w, const float* in, float* out, const float* zeros) {
-    const long blocks = w.dot ? 1 : (w.features + WIDTH - 1) / WIDTH;
+    const long blocks = w.dot ? 1 : (w.features + WIDTH - 1) / WIDTH, threads = omp_get_num_threads();
+    if (w.row_step) {
+#pragma omp for schedule(static)
+        for (long r = 0; r < w.rows; r++) __builtin_memcpy(w.copy + r * w.row_step, in + r * w.channels, w.channels * 4);
+        in = w.copy;
+    }
     long chunk = PIXELS, total = 0;
     for (;; chunk = (chunk / 2 + ROWS - 1) / ROWS * ROWS) {  // smaller pieces until every thread has several
         total = 0;
         for (long g = 0; g < w.groups; g++) total += (w.group[g].pixels + chunk - 1) / chunk;
-        if (chunk <= 2 * ROWS || total * blocks * w.repeats >= 4 * omp_get_num_threads()) break;
+        const long items = total * blocks * w.repeats;
+        if (chunk <= 2 * ROWS || items >= 4 * threads) break;
+        if (w.groups == 1 && total == 1 && items >= 2 * threads && items % threads == 0) break;  // even shares as they are
     }
 #pragma omp for schedule(dynamic, 1)
     for (long item = 0; item < total * blocks * w.repeats; item++) {

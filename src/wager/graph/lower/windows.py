@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,25 @@ class _Group(ctypes.Structure):
     _fields_ = [("pixels", LONG), *((n, POINTER) for n in ("base", "mask", "place", "weight", "delta"))]
 
 
-_WINDOW = ("repeats", "in_step", "out_step", "groups", "taps", "channels", "features", "feature_step", "dot")
+_WINDOW = (
+    "repeats",
+    "in_step",
+    "out_step",
+    "groups",
+    "taps",
+    "channels",
+    "features",
+    "feature_step",
+    "rows",
+    "row_step",
+)
 
 
 class _Window(ctypes.Structure):
-    _fields_ = [*((n, LONG) for n in _WINDOW), ("group", POINTER), ("epilogue", _Epilogue)]
+    _fields_ = [
+        *((n, LONG) for n in _WINDOW),
+        *(("copy", POINTER), ("dot", LONG), ("group", POINTER), ("epilogue", _Epilogue)),
+    ]
 
 
 _WINOGRAD = (
@@ -166,14 +180,43 @@ class Table:
     out_floats: int
 
 
+ALIASED_FLOATS = (
+    1024  # rows this far apart share one set of the first-level cache; a tile reads more rows than a set holds
+)
+COPIED_FLOATS = 1 << 19  # larger inputs leave the second-level cache on the way
+LEAST_USES = 256  # of a float of the input, to be worth a copy
+
+
+def row_step(table: Table) -> int:
+    """How far apart (in floats) rows of channels should lie when those of the input share a set of the cache; 0: as they are."""
+    offsets = [table.in_floats, table.in_step, *(a for g in table.groups for a in (g.base, g.delta))]
+    whole = all(not np.any(np.asarray(o) % table.channels) for o in offsets)
+    used = table.features * len(table.groups[0].delta) >= LEAST_USES and table.in_floats <= COPIED_FLOATS
+    return table.channels + 16 if whole and used and table.channels % ALIASED_FLOATS == 0 else 0
+
+
+def spaced(table: Table, step: int) -> Table:
+    """The table over an input whose rows of channels lie `step` floats apart."""
+
+    def moved(floats: Any) -> Any:
+        return floats // table.channels * step
+
+    groups = tuple(replace(g, base=moved(g.base), delta=moved(g.delta)) for g in table.groups)
+    return replace(table, groups=groups, in_step=moved(table.in_step))
+
+
 class WindowOperator(Operator):
-    """Direct sums over taps. `dot`: lanes run over channels, for few features."""
+    """Direct sums over taps. `dot`: lanes run over channels, for few features. Rows that share a set of the cache are first moved apart."""
 
     kind = 0
 
     def __init__(self, table: Table, how: Epilogue, dot: bool = False):
         super().__init__()
         self.in_floats, self.out_floats, self.zeros = table.in_floats, table.out_floats, table.channels
+        step = 0 if dot else row_step(table)
+        rows = table.in_floats // table.channels if step else 0
+        copy = self.at(resident(np.zeros(rows * step, np.float32))) if step else None
+        table = spaced(table, step) if step else table
         groups = (_Group * len(table.groups))()
         for c, g in zip(groups, table.groups, strict=True):
             weight = vectors_of_channels(g.weight_tcf) if dot else blocks_of_features(g.weight_tcf)
@@ -183,7 +226,7 @@ class WindowOperator(Operator):
         taps = len(table.groups[0].delta)
         self.structure = _Window(
             *(table.repeats, table.in_step, table.out_step, len(groups), taps, table.channels, table.features),
-            *(table.feature_step, int(dot), self.at(groups), self.epilogue(how, table.features)),
+            *(table.feature_step, rows, step, copy, int(dot), self.at(groups), self.epilogue(how, table.features)),
         )
 
 
