@@ -1,4 +1,4 @@
-"""How long this machine takes to verify n tokens for a batch of requests, and to draft: measured, kept as raw points.
+"""How long this machine takes to verify n tokens for a batch of requests, and to draft: measured, kept as points.
 
 Times are of whole passes as the engine makes them: building the batch, the model, the logits. Between measured points they are
 interpolated linearly; beyond the last one extrapolated by its slope.
@@ -88,8 +88,8 @@ def measure_passes(
     draft: DraftModel | None = None,
     budget_s: float = math.inf,
 ) -> tuple[tuple[float, ...], ...]:
-    """Milliseconds of passes over `sizes` tokens for each of `batches` requests: the fastest of `repeats` interleaved rounds, since slower
-    ones measure what else the machine was doing. draft: whose runner it is, to measure passes as it grows a tree.
+    """Milliseconds of passes over `sizes` tokens, ascending, for each of `batches` requests: the fastest of `repeats` interleaved rounds,
+    since slower ones measure what else the machine was doing, made `rising`. draft: whose runner it is, to measure passes as it grows a tree.
     budget_s: begin no further round after so many seconds; the first round, a warm-up, counts only where it is the only one.
 
     Runs on sequences of its own, which are freed afterwards; the prefix cache is not touched.
@@ -119,10 +119,17 @@ def measure_passes(
                 if round_ == 1:
                     taken.clear()
                 taken.append(1e3 * (time.perf_counter() - begun))
-        return tuple(tuple(min(samples[b, n]) for n in sizes) for b in batches)
+        return tuple(rising([min(samples[b, n]) for n in sizes]) for b in batches)
     finally:
         for name in names:
             runner.blocks.free(name)
+
+
+def rising(times: Sequence[float]) -> tuple[float, ...]:
+    """The nearest times that never fall: a pass over more tokens that took less met a quieter machine."""
+    from scipy.optimize import isotonic_regression
+
+    return tuple(isotonic_regression(times).x.tolist())
 
 
 def _pass(runner: ModelRunner, inputs: Sequence[SpanInput]) -> Tensor:
