@@ -92,8 +92,8 @@ def compile(
 
     `max_block_ops` bounds Mirage's and Prism's block graphs; `max_kernels=2` lets them also split a sum over blocks of one kernel and merge it
     in a second (flash-decoding); `max_library_ops` lets Mirage build kernel graphs of that many library operators beside custom kernels;
-    `samples` is how many members are compiled and timed; `workers` processes search; `state` names a file from which a stopped search goes on; with `cache` an answer found before on this machine is taken from disk (and
-    verified and timed again).
+    `samples` is how many members are compiled and timed; `workers` processes search; `state` names a file from which a stopped search goes on;
+    with `cache` an answer found before on this machine is taken from disk (and verified and timed again).
     """
     if search not in SEARCHES:
         raise UsageError(f"search {search!r} is unknown; use one of {', '.join(SEARCHES)}")

@@ -36,17 +36,8 @@ class _Group(ctypes.Structure):
 
 
 _WINDOW = (
-    "repeats",
-    "in_step",
-    "out_step",
-    "groups",
-    "taps",
-    "channels",
-    "features",
-    "feature_step",
-    "rows",
-    "row_step",
-)
+    "repeats", "in_step", "out_step", "groups", "taps", "channels", "features", "feature_step", "rows", "row_step",
+)  # fmt: skip
 
 
 class _Window(ctypes.Structure):
@@ -180,9 +171,7 @@ class Table:
     out_floats: int
 
 
-ALIASED_FLOATS = (
-    1024  # rows this far apart share one set of the first-level cache; a tile reads more rows than a set holds
-)
+ALIASED_FLOATS = 1024  # rows this far apart share a set of the first-level cache; a tile reads more than a set holds
 COPIED_FLOATS = 1 << 19  # larger inputs leave the second-level cache on the way
 LEAST_USES = 256  # of a float of the input, to be worth a copy
 
