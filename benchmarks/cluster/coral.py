@@ -211,6 +211,11 @@ def built(cases: Sequence[pools.Pool], data: Path, roofline: Roofline) -> dict[s
     return found
 
 
+def shown(ratio: float | None) -> str:
+    """A ratio for people; a dash where a side does not serve everything."""
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--data", type=Path, required=True, help="folder of the shared data sets")
@@ -307,8 +312,8 @@ def show(facts: dict) -> None:
     print(format_table([head, *(
         [
             f["pool"], str(f["columns"]), str(f["devices"]), f"{f['usd_per_h']:.1f}", f"{f['gap']:.2%}",
-            *(f"{f[p]['usd_per_h']:.1f}" for p in baselines.POLICIES), f"{f['cheaper_than_best'] or float('nan'):.2f}x",
-            f"{f['cheaper_than_tuned'] or float('nan'):.2f}x", f"{f['best_possible'] or float('nan'):.2f}x", f"{f['mixed_share']:.0%}", f"{f['seconds']:.1f} s",
+            *(f"{f[p]['usd_per_h']:.1f}" for p in baselines.POLICIES), shown(f["cheaper_than_best"]),
+            shown(f["cheaper_than_tuned"]), shown(f["best_possible"]), f"{f['mixed_share']:.0%}", f"{f['seconds']:.1f} s",
         ]
         for f in facts.get("plenty", [])
     )]))  # fmt: skip
@@ -327,7 +332,7 @@ def show(facts: dict) -> None:
         [
             f["pool"], f"{f['stock_over_need']}x", f"{f['devices']} of {f['devices_in_stock']}", f"{f['usd_per_h']:.0f}", f"{f['factor']:.0%} (at most {f['most_factor']:.0%})",
             *(f"{f[p]['factor']:.0%} at {f[p]['usd_per_h']:.0f}" for p in baselines.POLICIES), f"{f['goodput_over_best']:.2f}x",
-            f"{f['cheaper_than_best'] or float('nan'):.2f}x", f"{f['seconds']:.1f} s",
+            shown(f["cheaper_than_best"]), f"{f['seconds']:.1f} s",
         ]
         for f in facts.get("scarce", [])
     )]))  # fmt: skip
