@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -48,6 +49,7 @@ class SpeculativeConfig:
         verify: for specinfer "mss" (multi-step speculative sampling) or "naive" (match the target's sample).
         budget, beams, branch_width, decay: for specexec, nodes of the tree, nodes expanded per draft pass, children considered per
             node, and the factor on a child's score.
+        draft_temperature: for specexec, at which the draft's probabilities are read (1: as the paper); None: found while serving.
         suffix_*: depth of the trees, limits of the cache, draft length = factor * match length + offset, least probability of a
             drafted token, tree instead of path, score below which a draft model takes over (default: its chain length), cache file.
         ngram_min, ngram_max: lengths of the n-grams looked up.
@@ -71,6 +73,7 @@ class SpeculativeConfig:
     beams: int = 32
     branch_width: int = 8
     decay: float = 0.95
+    draft_temperature: float | None = None
     suffix_max_depth: int = 24
     suffix_max_cached_tokens: int = 1_000_000
     suffix_max_cached_requests: int = 10_000
@@ -135,6 +138,8 @@ class SpeculativeConfig:
             raise self._error(f"verify must be mss or naive, got {self.verify!r}")
         if not 0 < self.decay <= 1:
             raise self._error(f"decay must lie in (0, 1], got {self.decay}")
+        if self.draft_temperature is not None and not 0 < self.draft_temperature < math.inf:
+            raise self._error(f"draft_temperature must be above 0, got {self.draft_temperature}")
         if self.ngram_max < self.ngram_min:
             raise self._error(f"ngram_max {self.ngram_max} is below ngram_min {self.ngram_min}")
 

@@ -220,6 +220,7 @@ def test_the_draft_cache_agrees_with_a_fresh_prefill(tiny_dir, tiny_draft_dir):
         ({"method": "suffix", "depth": 3}, "depth"),
         ({"method": "specinfer", "draft": "x", "expansion": []}, "expansion"),
         ({"method": "specexec", "draft": "x", "decay": 1.5}, r"1\.5"),
+        ({"method": "specexec", "draft": "x", "draft_temperature": 0}, r"draft_temperature.*0"),
         ({"method": "ngram", "ngram_min": 5}, "ngram_max"),
         ([{"method": "ngram"}, {"method": "ngram"}], "twice"),
         ({"method": "sequoia", "draft": "x", "max_tree_size": 1}, "max_tree_size"),

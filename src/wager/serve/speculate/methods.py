@@ -102,7 +102,7 @@ class DrafterFactory:
     def _specexec(self, config: SpeculativeConfig) -> SpecExecDrafter:
         return SpecExecDrafter(
             self.draft(config.draft_models[0], config), self.sampler, config.budget, config.beams, config.max_depth,
-            config.branch_width, config.decay,
+            config.branch_width, config.decay, config.draft_temperature,
         )  # fmt: skip
 
     def _suffix(self, config: SpeculativeConfig) -> SuffixDrafter | HybridDrafter:

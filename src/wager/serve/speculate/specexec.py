@@ -11,13 +11,18 @@ The search is shortest paths in batches: a node's score is the sum over its path
 a pass expands the best `beams` unexpanded nodes. It ends when no unexpanded node can have a child among the best `budget`, after
 `max_depth` passes, or when nothing is left. With the pass limit out of reach the tree is the exact top `budget`.
 
+The paper reads q at temperature 1, whatever the request asks for. How sure a draft is of its favourites says little about how often a request
+follows them, least of all a greedy one. So q is read here at the temperature at which it foretold the target's tokens best so far
+(`Calibration`): with a good draft, greedy trees reach deeper.
+
 Shape legend: L rows, W vocabulary, C children considered per node.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,6 +32,26 @@ from wager.serve.request import Request
 from wager.serve.sampling.sampler import Row, Sampler
 from wager.serve.speculate.draft_engine import DraftModel, NewNodes
 from wager.serve.token_tree import TokenTree
+
+TEMPERATURES = np.array([0.25, 0.35, 0.5, 0.7, 1.0])
+HEAD_START = 2.0  # nats that the first temperature is ahead of the others
+REMEMBERED = 0.998  # of what was counted, at every further token
+
+
+class Calibration:
+    """The temperature of TEMPERATURES under which the draft made the target's tokens likeliest, counted while serving."""
+
+    def __init__(self, first: float):
+        self.loss = HEAD_START * (TEMPERATURES[np.abs(TEMPERATURES - first).argmin()] != TEMPERATURES)
+
+    @property
+    def temperature(self) -> float:
+        return float(TEMPERATURES[self.loss.argmin()])
+
+    def add(self, logprobs_C: np.ndarray, chosen: int) -> None:
+        """The target followed child `chosen` of those with these log-probabilities at temperature 1."""
+        scaled = logprobs_C / TEMPERATURES[:, None]
+        self.loss = REMEMBERED * self.loss + np.logaddexp.reduce(scaled, axis=1) - scaled[:, chosen]
 
 
 class Search:
@@ -40,6 +65,9 @@ class Search:
         self.scores = np.zeros(0)
         self.row_of = np.zeros(0, np.int64)  # row in the draft's cache, -1: not expanded
         self.ancestors = np.zeros((0, 64), bool)  # [expanded node's row, row]: which computed rows it sees
+        self.offered: list[
+            tuple[np.ndarray, np.ndarray]
+        ] = []  # tokens and log-probabilities [C] below the root, then below each row
         self.rows = 0
 
     def add(self, parents: np.ndarray, tokens_LC: np.ndarray, logprobs_LC: np.ndarray) -> None:
@@ -106,6 +134,26 @@ class Search:
         return np.sort(order)
 
 
+@dataclass
+class Proposed:
+    """What is remembered of a tree until it is judged: every node's token and row in the draft, and what was offered below the rows."""
+
+    tokens: np.ndarray
+    rows: np.ndarray
+    offered: list[tuple[np.ndarray, np.ndarray]]
+
+    def decisions(self, path: Sequence[int], last: int | None) -> Iterator[tuple[np.ndarray, int]]:
+        """(log-probabilities [C], which was chosen) along the accepted path; `last` is the token after it, if known."""
+        followed = [int(self.tokens[n]) for n in path] + ([] if last is None else [last])
+        for node, token in zip((-1, *path), followed, strict=False):
+            row = -1 if node < 0 else int(self.rows[node])
+            if node >= 0 and row < 0:  # not expanded, nor is anything below it
+                return
+            tokens_C, logprobs_C = self.offered[row + 1]
+            if len(at := np.flatnonzero(tokens_C == token)):
+                yield logprobs_C, int(at[0])
+
+
 class SpecExecDrafter:
     """Searches for all requests together, `beams` nodes of each per draft pass."""
 
@@ -118,12 +166,14 @@ class SpecExecDrafter:
         max_depth: int,
         branch_width: int,
         decay: float,
+        temperature: float | None = None,
     ):
-        self.draft, self.sampler, self.budget, self.beams = draft, sampler, budget, beams
+        self.draft, self.sampler, self.budget, self.beams, self.temperature = draft, sampler, budget, beams, temperature
         self.max_depth, self.decay = max_depth, decay
         self.branch_width = min(branch_width, draft.runner.model.vocab_size)
         self.num_tokens = budget
-        self._rows: dict[str, np.ndarray] = {}
+        self.calibrations: dict[int, Calibration] = {}
+        self._proposed: dict[str, Proposed] = {}
 
     def propose(
         self, requests: Sequence[Request], nodes: Sequence[int], depths: Sequence[int]
@@ -148,7 +198,7 @@ class SpecExecDrafter:
             place = np.full(len(search.tokens) + 1, -1)
             place[kept] = np.arange(len(kept))
             trees[i] = TokenTree(search.tokens[kept], place[search.parents[kept]].astype(np.int32))
-            self._rows[requests[i].id] = search.row_of[kept]
+            self._proposed[requests[i].id] = Proposed(search.tokens[kept], search.row_of[kept], search.offered)
         return trees
 
     def _children(self, expanded: Sequence[tuple[Request, Search, np.ndarray]], logits_LW: Tensor) -> None:
@@ -159,16 +209,39 @@ class SpecExecDrafter:
         top = torch.log_softmax(logits_LW, -1).topk(self.branch_width, -1)
         logprobs, tokens = top.values.double().cpu().numpy(), top.indices.cpu().numpy()
         row = 0
-        for _, search, nodes in expanded:
+        for request, search, nodes in expanded:
             rows = slice(row, row + len(nodes))
-            search.add(nodes, tokens[rows], logprobs[rows])
+            search.offered += zip(tokens[rows], logprobs[rows], strict=True)
+            search.add(nodes, tokens[rows], at_temperature(logprobs[rows], self.temperature_of(request)))
             row += len(nodes)
 
+    def temperature_of(self, request: Request) -> float:
+        """At which the draft's probabilities are read."""
+        return self.temperature or self._calibration(request).temperature
+
+    def _calibration(self, request: Request) -> Calibration:
+        asked = min(request.params.temperature, 1.0)
+        return self.calibrations.setdefault(round(4 * asked), Calibration(max(asked, 0.5)))
+
     def committed(self, request: Request, path: Sequence[int]) -> None:
-        rows = self._rows.pop(request.id)[list(path)]
+        proposed = self._proposed.pop(request.id)
+        known = request.token_ids[-len(path) - 1 : -1] == proposed.tokens[list(path)].tolist()
+        calibration = self._calibration(request)
+        for logprobs_C, chosen in proposed.decisions(path, request.token_ids[-1] if known else None):
+            calibration.add(logprobs_C, chosen)
+        rows = proposed.rows[list(path)]
         missing = np.flatnonzero(rows < 0)
         self.draft.keep(request, rows[: missing[0] if len(missing) else len(rows)].tolist())
 
     def remove(self, request: Request) -> None:
-        self._rows.pop(request.id, None)
+        self._proposed.pop(request.id, None)
         self.draft.remove(request)
+
+
+def at_temperature(logprobs_LC: np.ndarray, temperature: float) -> np.ndarray:
+    """Log-probabilities among the children that are considered, read at another temperature; what lies outside keeps its share."""
+    if temperature == 1:
+        return logprobs_LC
+    scaled = logprobs_LC / temperature
+    inside_L1 = np.logaddexp.reduce(logprobs_LC, axis=1, keepdims=True)
+    return scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True) + inside_L1
