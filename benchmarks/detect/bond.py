@@ -8,6 +8,7 @@ the growth of resident memory over what the process held before training.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import Report, Row, arguments, compare, say
+from benchmarks.harness import RESULTS, Report, Row, arguments, compare, say
 from benchmarks.worker import Worker, WorkerError
 from wager.detect import bond
 from wager.detect.bond.metrics import eval_roc_auc, mean_interval
@@ -42,6 +43,8 @@ PARITY: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "ANOMALOUS": (bond.ANOMALOUS, {}, {}),
     "SCAN": (bond.SCAN, {}, {}),
 }
+STEADY = ("SCAN", "Radar")  # nothing in them is drawn
+STEADY_DIFFERENCE = 1e-4  # of an AUC: a pair of nodes whose scores float32 cannot tell apart may come in either order
 MEMORY = """
 import sys, time
 from pathlib import Path
@@ -77,6 +80,7 @@ def main() -> None:
         default=None,
         help="graphs of the parity runs (disney,books,inj_cora) or of the motif counts (gen_500,gen_1000; minutes for inj_cora)",
     )
+    parser.add_argument("--resume", action="store_true", help="parity: go on with what is not yet in the record")
     args = parser.parse_args()
     torch.set_num_threads(CPUS)
     with Worker([args.peer_python, str(WORKER)], log=Path("pygod_worker.log")) as peer:
@@ -92,7 +96,9 @@ def main() -> None:
             sets = (args.datasets or ("disney" if args.quick else "disney,books,inj_cora")).split(",")
             seeds, epochs = args.seeds or (3 if args.quick else 20), 10 if args.quick else 100
             for name in sets:
-                finish(args, f"bond-parity-{name}", *parity(peer, args.data, name, seeds, epochs))
+                kept = Agreement(name, None if args.quick else RESULTS, resume=args.resume)
+                parity(peer, args.data, kept, seeds, epochs)
+                print(kept.report().table())
 
 
 def finish(args: Any, system: str, rows: list[Row], facts: dict[str, Any]) -> None:
@@ -165,34 +171,68 @@ def motifs(peer: Worker, data: Path, names: tuple[str, ...], repeats: int) -> li
     return rows
 
 
-def parity(peer: Worker, data: Path, name: str, seeds: int, epochs: int) -> tuple[list[Row], dict[str, Any]]:
+class Agreement:
+    """Verdicts on one graph, written to its record after every detector: a run of an hour that is stopped has not lost them."""
+
+    def __init__(self, graph: str, root: Path | None, resume: bool):
+        self.graph, self.root = graph, root
+        self.rows: list[Row] = []
+        self.found: dict[str, str] = {}
+        record = None if root is None else root / "detect" / f"{self.system}.json"
+        if resume and record is not None and record.exists():
+            stored = json.loads(record.read_text())
+            self.rows, self.found = [Row(**row) for row in stored["rows"]], stored["facts"]["parity"]
+
+    @property
+    def system(self) -> str:
+        return f"bond-parity-{self.graph}"
+
+    def report(self) -> Report:
+        return Report("detect", self.system, self.rows, {"parity": self.found})
+
+    def add(self, name: str, ours: list[float], theirs: list[float], failure: str) -> None:
+        self.found[name] = verdict(np.array(ours), np.array(theirs)) + failure
+        say(f"{name} {self.found[name]}")
+        if ours and theirs:
+            a, b = float(np.mean(theirs)), float(np.mean(ours))
+            label = f"{name}: mean AUC of {len(ours)} seeds"
+            self.rows.append(Row(label, "pygod", "wager", "AUC", a, b, b / a, b / a, b / a, 0.0, len(ours)))
+        if self.root is not None:
+            self.report().save(root=self.root)
+
+
+def parity(peer: Worker, data: Path, kept: Agreement, seeds: int, epochs: int) -> None:
     """Mean AUC over seeds, both with a 95 % interval, same hyper-parameters; `agree` where the intervals meet.
 
     What does not agree runs again as `mended`, which shows why: on the graph with every edge once (pygod's GAAN refuses others) and without
     constant attributes (a large one drowns the others in float32), and SCAN with similarities that numpy does not cut to whole numbers.
     """
+    name = kept.graph
     path = data / f"{name}.npz"
-    rows, found = agreement(peer, path, name, tuple(PARITY), seeds, epochs)
-    unlike = tuple(d for d in PARITY if not found[f"{name} {d}"].startswith("agree"))
+    compare_scores(peer, path, name, tuple(PARITY), kept, seeds, epochs)
+    unlike = tuple(d for d in PARITY if not kept.found[f"{name} {d}"].startswith("agree"))
     with tempfile.TemporaryDirectory() as folder:
-        more = agreement(peer, mended(path, Path(folder)), f"{name} mended", unlike, seeds, epochs, mended=True)
-    return rows + more[0], {"parity": found | more[1]}
+        tidy = mended(path, Path(folder))
+        compare_scores(peer, tidy, f"{name} mended", unlike, kept, seeds, epochs, mended=True)
 
 
-def agreement(
-    peer: Worker, path: Path, name: str, detectors: tuple[str, ...], seeds: int, epochs: int, mended: bool = False
-) -> tuple[list[Row], dict[str, str]]:
-    rows, found, graph = [], {}, bond.Graph.of(path)
+def compare_scores(
+    peer: Worker, path: Path, name: str, detectors: tuple[str, ...], kept: Agreement, seeds: int, epochs: int,
+    mended: bool = False,
+) -> None:  # fmt: skip
+    graph = bond.Graph.of(path)
     assert graph.y is not None
     y = graph.y.numpy() > 0
     peer.call("load_graph", path=str(path))
     for detector in detectors:
-        (kind, shared, own), steady = PARITY[detector], detector == "SCAN"
-        learning = {} if steady else {"epoch": epochs}
+        if f"{name} {detector}" in kept.found:
+            continue
+        (kind, shared, own), learns = PARITY[detector], detector != "SCAN"
+        learning = {"epoch": epochs} if learns else {}
         both: list[list[float]] = [[], []]
         failure = ""
-        for seed in range(1 if steady else seeds):
-            seeded = {} if steady else {"seed": seed}
+        for seed in range(1 if detector in STEADY else seeds):
+            seeded = {"seed": seed} if learns else {}
             scores = [kind(**learning, **shared, **own, **seeded).fit(graph).decision_score_.numpy()]
             config = learning | shared
             try:
@@ -203,13 +243,7 @@ def agreement(
             for values, score in zip(both, scores, strict=False):
                 if np.isfinite(score).all():
                     values.append(eval_roc_auc(y, score))
-        found[f"{name} {detector}"] = verdict(*map(np.array, both)) + failure
-        say(f"{name} {detector} {found[f'{name} {detector}']}")
-        if both[0] and both[1]:
-            label = f"{detector}, {name}: mean AUC of {len(both[0])} seeds"
-            a, b = float(np.mean(both[1])), float(np.mean(both[0]))
-            rows.append(Row(label, "pygod", "wager", "AUC", a, b, b / a, b / a, b / a, 0.0, len(both[0])))
-    return rows, found
+        kept.add(f"{name} {detector}", *both, failure)
 
 
 def mended(path: Path, folder: Path) -> Path:
@@ -226,9 +260,8 @@ def verdict(ours: np.ndarray, theirs: np.ndarray) -> str:
     if not len(ours) or not len(theirs):
         return f"ours {len(ours)} finite runs, pygod {len(theirs)}"
     (a, b), (c, d) = mean_interval(ours), mean_interval(theirs)
-    agree = (
-        "agree" if (len(ours) == 1 and ours[0] == theirs[0]) or (max(a, c) <= min(b, d) and len(ours) > 1) else "differ"
-    )
+    same = len(ours) == 1 and abs(ours[0] - theirs[0]) <= STEADY_DIFFERENCE
+    agree = "agree" if same or (max(a, c) <= min(b, d) and len(ours) > 1) else "differ"
     return f"{agree}: ours {ours.mean():.4f}±{ours.std():.4f}, pygod {theirs.mean():.4f}±{theirs.std():.4f}"
 
 

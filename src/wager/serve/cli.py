@@ -136,10 +136,8 @@ def listen(load: Any, model: str, settings: Any, host: str, port: int, log_level
     import signal
     import socket
 
-    import uvicorn
-
     from wager.serve.http.app import create_app
-    from wager.serve.http.server import DrainingServer
+    from wager.serve.http.server import DrainingServer, server_config
 
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -157,12 +155,7 @@ def listen(load: Any, model: str, settings: Any, host: str, port: int, log_level
             flush=True,
         )
     app = create_app(load, settings)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        timeout_graceful_shutdown=int(settings.drain_s) + 5,
-        lifespan="on",
-    )
+    config = server_config(app, timeout_graceful_shutdown=int(settings.drain_s) + 5)
     DrainingServer(config, app.state.context).run(sockets=[listener])
 
 

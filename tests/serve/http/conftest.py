@@ -10,6 +10,7 @@ import pytest
 import uvicorn
 
 from wager.serve.http.app import create_app
+from wager.serve.http.server import server_config
 from wager.serve.http.settings import ServerSettings
 from wager.serve.llm import AsyncLLM
 
@@ -34,7 +35,7 @@ def serving(model_dir, settings=None, **options):
 def listening(app):
     """(base URL, app) as soon as the server answers at all."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    server = uvicorn.Server(server_config(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

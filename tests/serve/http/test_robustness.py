@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.serve import soak
 from tests.serve.http.conftest import KEY, listening, serving, wait_idle
 from wager.serve.http.app import create_app
+from wager.serve.http.server import server_config
 from wager.serve.http.settings import ServerSettings
 from wager.serve.llm import AsyncLLM
 
@@ -45,6 +46,11 @@ async def crowd(url, engine, streams, leavers):
         for question in questions[:4]:
             await soak.ask(client, "tiny", question, again)
     return load, left, again
+
+
+def test_idle_connections_last_longer_here_than_in_clients():
+    """Otherwise the server closes a connection while a client sends its next request on it."""
+    assert server_config(None).timeout_keep_alive > 2 * httpx.Limits().keepalive_expiry
 
 
 async def vanish_unanswered(client, question, after_s):

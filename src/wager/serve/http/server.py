@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from wager.serve.http.context import ServerContext
+
+KEEP_ALIVE_S = (
+    75  # longer than clients keep idle connections (httpx, and so openai: 5 s): none closes just as it is used again
+)
+
+
+def server_config(app: Any, **options: Any) -> uvicorn.Config:
+    """How every server of ours listens."""
+    return uvicorn.Config(app, log_level="warning", lifespan="on", timeout_keep_alive=KEEP_ALIVE_S, **options)
 
 
 class DrainingServer(uvicorn.Server):
