@@ -243,7 +243,7 @@ def compare_scores(
             for values, score in zip(both, scores, strict=False):
                 if np.isfinite(score).all():
                     values.append(eval_roc_auc(y, score))
-        kept.add(f"{name} {detector}", *both, failure)
+        kept.add(f"{name} {detector}", both[0], both[1], failure)
 
 
 def mended(path: Path, folder: Path) -> Path:
