@@ -123,16 +123,17 @@ def run_server(
             from wager.serve.step_cost import StepLog
 
             observers.append(StepLog(step_log))
-        llm = AsyncLLM(model, served_model_name=served_model_name, observers=observers, **engine)
+        return AsyncLLM(model, served_model_name=served_model_name, observers=observers, **engine)
+
+    def announce(llm: AsyncLLM) -> str:
         note = " (a small demonstration model: expect fluent nonsense)" if model in ("demo", "demo-draft") else ""
-        print(f"ready: {llm.served_name}{note}, context {llm.max_model_len} tokens", flush=True)
-        return llm
+        return f"ready: {llm.served_name}{note}, context {llm.max_model_len} tokens"
 
-    listen(load, model, settings, host, port, log_level)
+    listen(load, announce, model, settings, host, port, log_level)
 
 
-def listen(load: Any, model: str, settings: Any, host: str, port: int, log_level: str) -> None:
-    """Serve what `load` (given the server's metrics) returns: an AsyncLLM or what has its face."""
+def listen(load: Any, announce: Any, model: str, settings: Any, host: str, port: int, log_level: str) -> None:
+    """Serve what `load` (given the server's metrics) returns: an AsyncLLM or what has its face. `announce(it)` is printed once it answers."""
     import signal
     import socket
 
@@ -154,7 +155,7 @@ def listen(load: Any, model: str, settings: Any, host: str, port: int, log_level
             "warning: listening beyond this machine without --api-key: anyone who reaches the port may use it",
             flush=True,
         )
-    app = create_app(load, settings)
+    app = create_app(load, settings, announce)
     config = server_config(app, timeout_graceful_shutdown=int(settings.drain_s) + 5)
     DrainingServer(config, app.state.context).run(sockets=[listener])
 

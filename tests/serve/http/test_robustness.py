@@ -199,7 +199,14 @@ def test_health_tells_loading_from_ready(tiny_dir):
         assert may_load.wait(30)
         return AsyncLLM(str(tiny_dir), served_model_name="tiny", observers=[metrics])
 
-    with listening(create_app(load, ServerSettings(drain_s=1))) as (url, _):
+    announced = []
+
+    def announce(llm):  # who starts when this is printed must be answered
+        announced.append(app.state.context.engine() is llm)
+        return "ready: tiny"
+
+    app = create_app(load, ServerSettings(drain_s=1), announce)
+    with listening(app) as (url, _):
         try:
             for path in ("/health", "/ping", "/v1/models", "/stats"):
                 answer = httpx.get(url + path)
@@ -214,6 +221,7 @@ def test_health_tells_loading_from_ready(tiny_dir):
             if httpx.get(f"{url}/health").status_code == 200:
                 break
         assert httpx.get(f"{url}/health").json() == {"status": "ready"}
+        assert announced == [True]
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
 
 

@@ -59,13 +59,12 @@ def deploy(
     def load(metrics: Any) -> Any:
         from wager.cluster.deploy.run import start
 
-        llm = start(loaded, make_launcher(launcher, address), served_model_name, [metrics])
-        print(
-            f"ready: {llm.served_name}, {len(loaded.replicas)} replicas, context {llm.max_model_len} tokens", flush=True
-        )
-        return llm
+        return start(loaded, make_launcher(launcher, address), served_model_name, [metrics])
 
-    listen(load, loaded.checkpoint, ServerSettings(api_keys=keys, drain_s=drain), host, port, log_level)
+    def announce(llm: Any) -> str:
+        return f"ready: {llm.served_name}, {len(loaded.replicas)} replicas, context {llm.max_model_len} tokens"
+
+    listen(load, announce, loaded.checkpoint, ServerSettings(api_keys=keys, drain_s=drain), host, port, log_level)
 
 
 def make_launcher(kind: str, address: str | None) -> Any:

@@ -26,10 +26,17 @@ PAGE_POLICY = (
 )
 
 
-def create_app(load: Callable[[ServerMetrics], AsyncLLM], settings: ServerSettings | None = None) -> FastAPI:
-    """The ASGI application. `load` builds the engine with the server's metrics as an observer; it runs once, on a thread."""
+def create_app(
+    load: Callable[[ServerMetrics], AsyncLLM],
+    settings: ServerSettings | None = None,
+    announce: Callable[[AsyncLLM], str] | None = None,
+) -> FastAPI:
+    """The ASGI application. `load` builds the engine with the server's metrics as an observer; it runs once, on a thread.
+
+    `announce`: what to print of the engine once requests are served.
+    """
     settings = settings or ServerSettings()
-    context = ServerContext(load, settings)
+    context = ServerContext(load, settings, announce)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -21,10 +21,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ServerContext:
-    """`load` builds the engine (blocking); it runs on a thread while /health says that loading goes on."""
+    """`load` builds the engine (blocking); it runs on a thread while /health says that loading goes on. What `announce` says of the engine is
+    printed once requests are served.
+    """
 
     load: Callable[[ServerMetrics], AsyncLLM]
     settings: ServerSettings
+    announce: Callable[[AsyncLLM], str] | None = None
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     started: float = field(default_factory=time.time)
     llm: AsyncLLM | None = None
@@ -33,8 +36,11 @@ class ServerContext:
 
     async def start(self) -> None:
         try:
-            self.llm = await asyncio.to_thread(self.load, self.metrics)
-            self.metrics.describe(self.llm)
+            llm = await asyncio.to_thread(self.load, self.metrics)
+            self.metrics.describe(llm)
+            self.llm = llm
+            if self.announce is not None:
+                print(self.announce(llm), flush=True)
         except Exception as error:
             log.exception("the model could not be loaded")
             self.failure = str(error)
