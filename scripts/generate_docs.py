@@ -80,12 +80,8 @@ def tables(facts: dict[str, Any]) -> dict[str, list[list[str]]]:
         lines = value if isinstance(value, list) else []
         if lines and all(isinstance(v, dict) and v.keys() == lines[0].keys() for v in lines):
             lines = [list(lines[0]), *(list(v.values()) for v in lines)]
-        flat = all(isinstance(v, list) and len(v) == len(lines[0]) for v in lines)
-        if (
-            1 < len(lines) <= MOST_LINES
-            and flat
-            and not any(isinstance(c, dict | list) for line in lines for c in line)
-        ):
+        even = all(isinstance(v, list) and len(v) == len(lines[0]) for v in lines)
+        if 1 < len(lines) <= MOST_LINES and even and not any(isinstance(c, dict | list) for v in lines for c in v):
             found[name] = [[show(cell) for cell in line] for line in lines]
     return found
 

@@ -44,7 +44,6 @@ PARITY: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "SCAN": (bond.SCAN, {}, {}),
 }
 STEADY = ("SCAN", "Radar")  # nothing in them is drawn
-STEADY_DIFFERENCE = 1e-4  # of an AUC: a pair of nodes whose scores float32 cannot tell apart may come in either order
 MEMORY = """
 import sys, time
 from pathlib import Path
@@ -260,7 +259,7 @@ def verdict(ours: np.ndarray, theirs: np.ndarray) -> str:
     if not len(ours) or not len(theirs):
         return f"ours {len(ours)} finite runs, pygod {len(theirs)}"
     (a, b), (c, d) = mean_interval(ours), mean_interval(theirs)
-    same = len(ours) == 1 and abs(ours[0] - theirs[0]) <= STEADY_DIFFERENCE
+    same = len(ours) == 1 and ours[0] == theirs[0]
     agree = "agree" if same or (max(a, c) <= min(b, d) and len(ours) > 1) else "differ"
     return f"{agree}: ours {ours.mean():.4f}±{ours.std():.4f}, pygod {theirs.mean():.4f}±{theirs.std():.4f}"
 

@@ -10,9 +10,8 @@ import uvicorn
 
 from wager.serve.http.context import ServerContext
 
-KEEP_ALIVE_S = (
-    75  # longer than clients keep idle connections (httpx, and so openai: 5 s): none closes just as it is used again
-)
+# Longer than clients keep idle connections (httpx, and so openai: 5 s): none closes just as it is used again.
+KEEP_ALIVE_S = 75
 
 
 def server_config(app: Any, **options: Any) -> uvicorn.Config:
