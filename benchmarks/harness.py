@@ -11,6 +11,8 @@ has a bootstrap confidence interval that resamples whole rounds. A ratio above 1
 A contender is a callable without arguments that does the work once. It returns None (its wall time is the measurement) or a number it
 measured itself, e.g. tokens per second with `unit="tok/s", higher_is_better=True`. Engines that live in environments of their own run
 behind `benchmarks.worker.Worker`, whose calls are such callables.
+
+Records go to benchmarks/results, or below the folder that WAGER_RESULTS names.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("WAGER_RESULTS") or Path(__file__).parent / "results")
 PICTURES = Path(__file__).parents[1] / "docs" / "images" / "results"
 BOOTSTRAP_SAMPLES = 2000
 CONFIDENCE = 0.95
