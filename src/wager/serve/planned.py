@@ -166,15 +166,15 @@ class PlannedForward:
 
     def __call__(self, batch: Batch) -> Tensor:
         body, tables, mask = self.body, batch.groups[0], batch.mask_TP
-        (spans, width), tokens = tables.tables_RB.shape, len(batch.tokens_T)
-        words = 0 if mask is None else mask.shape[1]
+        (spans, used), tokens = tables.tables_RB.shape, len(batch.tokens_T)
+        width, words = _rounded(used), 0 if mask is None else mask.shape[1]  # few widths: each has calls of its own
         body.room(tokens, spans, words, spans * width)
         for to, array in (
             (body.tokens_T, batch.tokens_T), (body.positions_T, batch.positions_T), (body.slots_T, tables.slots_T),
             (body.starts_R, batch.span_starts), (body.contexts_R, batch.contexts_R),
         ):  # fmt: skip
             to[: len(array)] = array.numpy()
-        body.tables[: spans * width] = tables.tables_RB.numpy().ravel()
+        body.tables[: spans * width].reshape(spans, width)[:, :used] = tables.tables_RB.numpy()
         if mask is not None:
             body.mask[: tokens * words] = mask.numpy().view(np.uint64).ravel()
         return torch.from_numpy(body.run(tokens, spans, words, width).copy())
