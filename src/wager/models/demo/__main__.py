@@ -2,7 +2,8 @@
 
 The default is the shipped pair; `--preset large` makes a bigger one, for a GPU or for patience; `--preset deep` grows the shipped target to
 four times its depth (33 million parameters) and trains it and its draft on from there, for a CPU; with `--target-minutes 0
---draft-minutes 0` it only grows it: a target that computes what the shipped one computes at 3.5 times the cost.
+--draft-minutes 0` it only grows it: a target that computes what the shipped one computes at 3.5 times the cost. `--preset gpu` trains 104
+million parameters and three drafts on one device within `--minutes`, from the packages that are installed (`clocked.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import typer
 
 from wager.models import demo as shipped
+from wager.models.demo.clocked import STAGES, Place, Plan, run
 from wager.models.demo.corpus import documents
 from wager.models.demo.dataset import write_streams
 from wager.models.demo.evaluate import evaluate_pair, format_table
@@ -67,6 +69,25 @@ PRESETS = {
 }
 
 
+def plans() -> dict[str, Plan]:
+    """Presets that are bounded by the clock; gpu-tiny is the same in seconds on a CPU."""
+    tiny = {"t": model_config(Size(64, 128, 2, 4, 2), 4096, 256), "d": model_config(Size(32, 64, 1, 2, 1), 4096, 256)}
+    return {
+        "gpu": Plan(
+            ("demo-104m", model_config(Size(768, 2048, 16, 12, 4), 4096, 1024)),
+            {
+                "draft-2m": model_config(Size(192, 512, 2, 3, 1), 4096, 1024),
+                "draft-3m": model_config(Size(256, 704, 3, 4, 2), 4096, 1024),
+                "draft-11m": model_config(Size(384, 1024, 6, 6, 2), 4096, 1024),
+            },
+        ),
+        "gpu-tiny": Plan(
+            ("target", tiny["t"]), {"draft": tiny["d"]}, corpus_bytes=400_000, chats=200, window=64, batch_tokens=1024, most_rows=8,
+            learning_rate=1e-2, draft_learning_rate=1e-2, draft_batch_rows=16, text_rows=32, text_tokens=48, contexts=(16, 12), steps=200,
+        ),
+    }  # fmt: skip
+
+
 def model_config(size: Size, vocab: int, max_positions: int = 2048) -> dict[str, Any]:
     """config.json of a Llama-layout model with tied embeddings."""
     return {
@@ -92,7 +113,7 @@ def model_config(size: Size, vocab: int, max_positions: int = 2048) -> dict[str,
 
 def main(
     out: Annotated[Path, typer.Option(help="where the pair and the token streams go")],
-    preset: Annotated[str, typer.Option(help=f"one of {', '.join(PRESETS)}")] = "demo",
+    preset: Annotated[str, typer.Option(help=f"one of {', '.join(PRESETS)}, gpu, gpu-tiny")] = "demo",
     data: Annotated[
         Path | None, typer.Option(help="folder with wikitext2/valid.txt; without it only Python's own library is read")
     ] = None,
@@ -103,12 +124,35 @@ def main(
         int | None, typer.Option(help="data-parallel processes; default: one a core, one in all on a GPU")
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="corpus, target, draft or evaluate: run one stage on what is already there")
+        str | None,
+        typer.Option(
+            help="corpus, target, draft or evaluate: run one stage on what is already there; for gpu presets some of "
+            f"{', '.join(STAGES)}, separated by commas"
+        ),
     ] = None,
+    minutes: Annotated[float, typer.Option(help="gpu presets: for target, texts and drafts together")] = 4.0,
+    packages: Annotated[
+        Path | None, typer.Option(help="gpu presets: site-packages to read; default: where torch is installed")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="gpu presets: cpu or cuda; default: cuda if there is one")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="gpu presets: torch.compile on a GPU")
+    ] = True,
 ) -> None:
     """Corpus, tokenizer, target, draft, held-out losses: each stage leaves its files in --out."""
+    if preset in (clocked := plans()):
+        if (target_minutes, draft_minutes, processes, scale) != (None, None, None, 1.0):
+            raise typer.BadParameter(
+                "this preset is bounded by --minutes and runs in one process", param_hint="--preset"
+            )
+        where = torch.device(device or ("cuda" if torch.cuda.device_count() else "cpu"))
+        stages = STAGES if only is None else tuple(only.split(","))
+        return run(
+            clocked[preset], Place(out, where, compiled and where.type == "cuda"), packages, data, minutes, stages
+        )
     if preset not in PRESETS:
-        raise typer.BadParameter(f"{preset!r} is unknown; use one of {', '.join(PRESETS)}", param_hint="--preset")
+        known = ", ".join((*PRESETS, *clocked))
+        raise typer.BadParameter(f"{preset!r} is unknown; use one of {known}", param_hint="--preset")
     chosen = PRESETS[preset]
     cuda = torch.cuda.is_available()
     common: dict[str, Any] = {

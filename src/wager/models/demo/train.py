@@ -112,16 +112,16 @@ class Objective:
         if recipe.teacher is not None:
             self._teacher = load_model(recipe.teacher, torch.float32, recipe.device).model.requires_grad_(False)
 
-    def __call__(self, model: Llama, tokens_BS: Tensor) -> tuple[Tensor, float]:
-        """(loss to descend, next-token cross-entropy in nats). `tokens_BS` holds S - 1 inputs and their successors."""
+    def __call__(self, model: Llama, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss to descend, next-token cross-entropy in nats, detached). `tokens_BS` holds S - 1 inputs and their successors."""
         logits_TW, targets_T = forward(model, tokens_BS), tokens_BS[:, 1:].flatten()
         entropy = F.cross_entropy(logits_TW, targets_T)
         if self._teacher is None:
-            return entropy, entropy.item()
+            return entropy, entropy.detach()
         with torch.no_grad():
             wanted_TW = F.log_softmax(forward(self._teacher, tokens_BS), -1)
         divergence = F.kl_div(F.log_softmax(logits_TW, -1), wanted_TW, log_target=True, reduction="batchmean")
-        return self._weight * divergence + (1 - self._weight) * entropy, entropy.item()
+        return self._weight * divergence + (1 - self._weight) * entropy, entropy.detach()
 
 
 def forward(model: Any, tokens_BS: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class Run:
         return done
 
     def train(self, save: Callable[[], None], log: Callable[[str], None]) -> None:
-        losses: list[float] = []
+        losses: list[Tensor] = []  # on the device: reading each would make it wait for the host
         seen = step = 0
         save()
         saved_s = time.monotonic()
@@ -172,8 +172,9 @@ class Run:
             if step % 10 == 0:
                 speed = seen / (time.monotonic() - self.started)
                 log(
-                    f"step {step}  {progress:6.1%}  loss {np.mean(losses[-10:]):.3f}  lr {rate:.2e}  {seen / 1e6:.2f}M tokens  {speed:.0f}/s"
+                    f"step {step}  {progress:6.1%}  loss {torch.stack(losses).mean():.3f}  lr {rate:.2e}  {seen / 1e6:.2f}M tokens  {speed:.0f}/s"
                 )
+                losses.clear()
             if time.monotonic() - saved_s >= self.recipe.save_every_s:
                 save()
                 saved_s = time.monotonic()
@@ -187,7 +188,7 @@ class Run:
             windows = torch.cat([windows[:, i : i + short + 1] for i in range(0, recipe.window, short)])
         return windows.to(recipe.device)
 
-    def _step(self, tokens_BS: Tensor, rate: float) -> float:
+    def _step(self, tokens_BS: Tensor, rate: float) -> Tensor:
         loss, entropy = self.objective(self.model, tokens_BS)
         loss.backward()
         average_gradients(self.model)

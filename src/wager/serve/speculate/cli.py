@@ -174,6 +174,7 @@ def distil(
     rounds: Annotated[int, typer.Option(help="over the texts")] = 6,
     minutes: Annotated[float | None, typer.Option(help="limit of the tuning")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str, typer.Option(help="of the target and of the tuning: cpu or cuda")] = "cpu",
     out: Annotated[Path, typer.Option(help="the draft's directory")] = Path("draft"),
 ) -> None:
     """Tune a draft model on what its target says and how sure it is of it: more guesses are right."""
@@ -182,7 +183,7 @@ def distil(
     from wager.serve.speculate.distil import distil as tune_draft
 
     recipe = DistilRecipe(rounds=rounds, minutes=minutes)
-    llm = LLM(target, dtype=dtype)
+    llm = LLM(target, dtype=dtype, device=device)
     if data is not None and data.suffix == ".npy":
         encoded = _windows(data, prompts, context, recipe.seed)
     else:
@@ -191,7 +192,7 @@ def distil(
     texts = texts_of(llm, encoded, tokens, _floats(temperatures, "temperatures"), recipe.seed)
     lessons = lessons_of(llm, texts, recipe)
     chosen = None if layers is None else [n - 1 for n in _numbers(layers, "layers")]
-    made = tune_draft(lessons, start, out, recipe, chosen, print)
+    made = tune_draft(lessons, start, out, recipe, chosen, device, print)
     rows = [
         ["before", *(f"{pair[0]:.1%}" for pair in (made.hits, made.overlap))],
         ["after", *(f"{pair[1]:.1%}" for pair in (made.hits, made.overlap))],

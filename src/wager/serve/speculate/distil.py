@@ -111,9 +111,10 @@ def distil(
     out: Path,
     recipe: DistilRecipe,
     layers: Sequence[int] | None = None,
+    device: str = "cpu",
     say: Callable[[str], None] = lambda _: None,
 ) -> Distilled:
-    """Tune the start model, or those of its layers, on the lessons and write the draft to `out`; weights are written after every round.
+    """Tune the start model, or those of its layers, on the lessons, on `device`, and write the draft to `out`; weights are written after every round.
 
     Raises UsageError when there is too little to learn from or a layer is not there.
     """
@@ -122,6 +123,7 @@ def distil(
     model = trainable(start)
     if layers is not None:
         model = thin(model, layers).train()
+    model.to(device)
     judge, learn = lessons[::HELD], [lesson for i, lesson in enumerate(lessons) if i % HELD]
     before = judged(model, judge, recipe)
     for round_ in _rounds(model, learn, recipe):
@@ -171,22 +173,24 @@ def batches(lessons: Sequence[Lesson], rng: np.random.Generator | None = None) -
 
 def _log_q(model: Llama, lessons: Sequence[Lesson], temperature: float) -> Tensor:
     lengths = [len(lesson.tokens) for lesson in lessons]
-    tokens_T = torch.from_numpy(np.concatenate([lesson.tokens for lesson in lessons]))
-    positions_T = torch.cat([torch.arange(n) for n in lengths])
-    with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16(torch.device("cpu"))):
+    device = model.embed.weight.device
+    tokens_T = torch.from_numpy(np.concatenate([lesson.tokens for lesson in lessons])).to(device)
+    positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
+    with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
         hidden_TD = model(tokens_T, positions_T, causal_attention(model, lengths))
         logits_TW = model.logits(hidden_TD).float()
     return F.log_softmax(logits_TW / temperature, -1)
 
 
-def _views(lessons: Sequence[Lesson]) -> tuple[Tensor, Tensor]:
+def _views(lessons: Sequence[Lesson], device: torch.device) -> tuple[Tensor, Tensor]:
     likely_TK = torch.from_numpy(np.concatenate([lesson.likely for lesson in lessons]).astype(np.int64))
-    return likely_TK, torch.from_numpy(np.concatenate([lesson.logprobs for lesson in lessons]).astype(np.float32)).exp()
+    logprobs_TK = torch.from_numpy(np.concatenate([lesson.logprobs for lesson in lessons]).astype(np.float32))
+    return likely_TK.to(device), logprobs_TK.to(device).exp()
 
 
 def lesson_loss(model: Llama, lessons: Sequence[Lesson], temperature: float) -> Tensor:
     """Cross-entropy of the draft under the target's kept tokens, in nats per position."""
-    likely_TK, p_TK = _views(lessons)
+    likely_TK, p_TK = _views(lessons, model.embed.weight.device)
     return -(p_TK * _log_q(model, lessons, temperature).gather(1, likely_TK)).sum(-1).mean()
 
 
@@ -196,7 +200,7 @@ def judged(model: Llama, lessons: Sequence[Lesson], recipe: DistilRecipe) -> tup
     hits = overlap = count = 0.0
     for batch in batches(lessons):
         log_q_TW = _log_q(model, batch, recipe.temperature)
-        likely_TK, p_TK = _views(batch)
+        likely_TK, p_TK = _views(batch, log_q_TW.device)
         hits += float((log_q_TW.argmax(-1) == likely_TK[:, 0]).sum())
         overlap += float(torch.minimum(p_TK, log_q_TW.gather(1, likely_TK).exp()).sum())
         count += len(log_q_TW)
