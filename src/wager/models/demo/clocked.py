@@ -277,12 +277,12 @@ def _check(loss: float, name: str) -> None:
 
 class Prompts:
     """Beginnings of texts: half are functions up to the end of their docstring, where there are enough of that length, half are cut at
-    random places of the training text, or of all held-out domains in equal parts."""
+    random places, of all domains in equal parts: prompts of users are prose as often as code, whatever the corpus is."""
 
     def __init__(self, place: Place, which: str):
-        domains = [f"heldout-{d}.npy" for d in DOMAINS if place.streams(f"heldout-{d}.npy").exists()]
+        names = [f"{which}-{domain}.npy" for domain in DOMAINS]
         self.repeats = which == "train"
-        self.streams = [_stream(place, name) for name in (["train.npy"] if self.repeats else domains)]
+        self.streams = [_stream(place, name) for name in names if place.streams(name).exists()]
         archive = np.load(place.streams(f"prompts-{which}.npz"))
         self.heads = torch.from_numpy(archive["prompts"].astype(np.int64)).to(place.device)
         self.lengths = torch.from_numpy(archive["lengths"]).to(place.device)

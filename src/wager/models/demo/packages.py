@@ -240,7 +240,7 @@ class Reading:
         self._parts.append(self._pool.submit(_read_files, chunk))
 
     def write(self, out: Path, seed: int = 0) -> dict[str, int]:
-        """train.npy, heldout-<domain>.npy, and the prompts of functions (prompts-train.npz, prompts-heldout.npz); tokens of each stream."""
+        """train.npy, the same by domain, heldout-<domain>.npy, and the prompts of functions (prompts-train.npz, prompts-heldout.npz); tokens of each stream."""
         with self._pool:
             pieces = [piece for part in self._parts for piece in part.result()]
         unique = list({piece.digest: piece for piece in pieces}.values())
@@ -248,13 +248,13 @@ class Reading:
         kept = [p for p in unique if not p.held_out]
         np.save(out / "train.npy", np.concatenate([kept[i].tokens for i in rng.permutation(len(kept))]))
         sizes = {"train": sum(len(p.tokens) for p in kept)}
-        sizes |= {f"train {d}": n for d in DOMAINS if (n := sum(len(p.tokens) for p in kept if p.domain == d))}
         for domain in DOMAINS:
-            held = [p for p in unique if p.held_out and p.domain == domain]
-            if held:
-                stream = np.concatenate([held[i].tokens for i in rng.permutation(len(held))])
-                np.save(out / f"heldout-{domain}.npy", stream)
-                sizes[f"heldout {domain}"] = len(stream)
+            for name, wanted in (("train", False), ("heldout", True)):
+                found = [p.tokens for p in unique if p.domain == domain and p.held_out == wanted]
+                if found:
+                    stream = np.concatenate([found[i] for i in rng.permutation(len(found))])
+                    np.save(out / f"{name}-{domain}.npy", stream)
+                    sizes[f"{name} {domain}"] = len(stream)
         for name, wanted in (("train", False), ("heldout", True)):
             heads = [p.prompt for p in unique if p.prompt is not None and p.held_out == wanted]
             padded = np.zeros((len(heads), PROMPT_TOKENS), np.uint16)
