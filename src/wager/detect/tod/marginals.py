@@ -206,14 +206,23 @@ def axes(execution: Execution, x_ND: np.ndarray, standardize: bool, count: int) 
     z = (x_ND - centre_D) / scale_D
     z = z - z.mean(0)
     triangle = np.linalg.qr(z, mode="r") if n > 2 * z.shape[1] else z  # the same singular values, in fewer rows
+    return axes_of(triangle, *z.shape, centre_D, scale_D, count)
+
+
+def axes_of(
+    triangle: np.ndarray, n: int, d: int, centre_D: np.ndarray, scale_D: np.ndarray, count: int
+) -> tuple[np.ndarray, ...]:
+    """`axes` from a matrix with the singular values of the n x d standardized rows."""
     _, singular, components = np.linalg.svd(triangle, full_matrices=False)
     variance = singular**2 / (n - 1)
-    keep = singular > max(z.shape) * np.finfo(float).eps * singular.max(initial=0)  # the usual numerical rank
+    keep = singular > max(n, d) * np.finfo(float).eps * singular.max(initial=0)  # the usual numerical rank
     if not keep.any():
         raise DataError("all features are constant; PCA has no direction to look along")
     total = variance.sum()
     components, variance = components[keep][:count], variance[keep][:count]
-    lead = np.take_along_axis(components, np.abs(components).argmax(1)[:, None], 1)
+    size = np.abs(components)
+    first = (size >= (1 - 1e-10) * size.max(1, keepdims=True)).argmax(1)  # equal entries: the first, whatever rounding says
+    lead = np.take_along_axis(components, first[:, None], 1)
     return centre_D, scale_D, components * np.sign(lead), variance, variance / total
 
 
