@@ -171,7 +171,9 @@ def test_one_plan_searches_once_and_runs_its_steps_there():
 def test_with_self_among_copies():
     x = np.array([[0.0], [0.0], [1.0], [3.0], [0.0]])
     found = nearest(None, x, 3)
-    there = plan.OPERATORS["with_self"].on_device(Execution(THERE), device.placed(found, device.check(Execution(THERE))))
+    there = plan.OPERATORS["with_self"].on_device(
+        Execution(THERE), device.placed(found, device.check(Execution(THERE)))
+    )
     same(device.fetched(there), found.with_self())
     assert isinstance(device.fetched(there), Neighbors)
 

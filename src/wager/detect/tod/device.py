@@ -32,11 +32,15 @@ def check(execution: Execution) -> torch.device:
     try:
         device = torch.device(execution.device)
     except RuntimeError as error:
-        raise UsageError(f"device {execution.device!r} is not one that torch knows ({error}); use cpu or cuda") from None
+        raise UsageError(
+            f"device {execution.device!r} is not one that torch knows ({error}); use cpu or cuda"
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {execution.device!r} was asked for, but torch sees no GPU; use device='cpu'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device {execution.device!r} was asked for, but torch sees {torch.cuda.device_count()} GPU(s)")
+        raise UsageError(
+            f"device {execution.device!r} was asked for, but torch sees {torch.cuda.device_count()} GPU(s)"
+        )
     return device
 
 

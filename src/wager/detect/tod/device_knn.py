@@ -201,7 +201,9 @@ class DeviceSearch:
         self.ask(self.first, query_RD, every, k, distance, index, facts)
         return distance, index, facts | ({"distinct_rows_asked": float(len(query_RD))} if distinct.folded else {})
 
-    def ask(self, dtype: torch.dtype, query_RD: Tensor, row_R: Tensor, k: int, distance: Tensor, index: Tensor, facts: dict) -> None:
+    def ask(
+        self, dtype: torch.dtype, query_RD: Tensor, row_R: Tensor, k: int, distance: Tensor, index: Tensor, facts: dict
+    ) -> None:
         """Fill the rows' answers; what float32 cannot settle is asked again in float64."""
         rows, columns, budget = self.tile(dtype, query_RD.shape[1])
         again: list[Tensor] = []

@@ -167,7 +167,9 @@ def skewness_sign(x_ND: Tensor) -> Tensor:
     unsure = (third_D.abs() <= 1e-9 * size_D) | (away_ND.square().mean(0) <= (1e-12 * x_ND.mean(0)) ** 2)
     doubtful = unsure.nonzero().squeeze(1)
     if len(doubtful):
-        sign_D[doubtful] = torch.as_tensor(operators.skewness_sign(device.fetched(x_ND[:, doubtful])), device=x_ND.device)
+        sign_D[doubtful] = torch.as_tensor(
+            operators.skewness_sign(device.fetched(x_ND[:, doubtful])), device=x_ND.device
+        )
     return sign_D
 
 
@@ -229,7 +231,9 @@ def projected_histograms(
 
 
 @on_device("projected_score")
-def projected_score(execution: Execution, x_RD: Tensor, made: tuple[list, list], projection: marginals.Projected) -> Tensor:
+def projected_score(
+    execution: Execution, x_RD: Tensor, made: tuple[list, list], projection: marginals.Projected
+) -> Tensor:
     height, limit = made
     cuts, total_R, c0 = len(height), torch.zeros(len(x_RD), dtype=torch.float64, device=x_RD.device), 0
     if len({len(h) for h in height}) > 1:
@@ -283,7 +287,9 @@ def axes_score(
 @on_device("path_score")
 def path_score(execution: Execution, x_RD: Tensor, made: dict[str, Any]) -> Tensor:
     """All trees' paths at once, level by level: a row at a leaf stays there."""
-    feature, cut, left, right = (torch.as_tensor(made[key], device=x_RD.device) for key in ("feature", "cut", "left", "right"))
+    feature, cut, left, right = (
+        torch.as_tensor(made[key], device=x_RD.device) for key in ("feature", "cut", "left", "right")
+    )
     trees, nodes = feature.shape
     leaf = feature < 0
     here = torch.arange(nodes, device=x_RD.device).expand(trees, nodes)

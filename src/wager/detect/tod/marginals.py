@@ -206,7 +206,7 @@ def axes(execution: Execution, x_ND: np.ndarray, standardize: bool, count: int) 
     z = (x_ND - centre_D) / scale_D
     z = z - z.mean(0)
     triangle = np.linalg.qr(z, mode="r") if n > 2 * z.shape[1] else z  # the same singular values, in fewer rows
-    return axes_of(triangle, *z.shape, centre_D, scale_D, count)
+    return axes_of(triangle, n, z.shape[1], centre_D, scale_D, count)
 
 
 def axes_of(
@@ -221,7 +221,9 @@ def axes_of(
     total = variance.sum()
     components, variance = components[keep][:count], variance[keep][:count]
     size = np.abs(components)
-    first = (size >= (1 - 1e-10) * size.max(1, keepdims=True)).argmax(1)  # equal entries: the first, whatever rounding says
+    first = (size >= (1 - 1e-10) * size.max(1, keepdims=True)).argmax(
+        1
+    )  # equal entries: the first, whatever rounding says
     lead = np.take_along_axis(components, first[:, None], 1)
     return centre_D, scale_D, components * np.sign(lead), variance, variance / total
 
@@ -334,10 +336,11 @@ def draw(random: np.random.RandomState, n: int, count: int) -> np.ndarray:
     if 0.01 < share < 0.99:
         return random.permutation(n)[:count]
     if share <= 0.01:
-        chosen: dict[int, None] = {}
-        while len(chosen) < count:
-            chosen.setdefault(int(random.randint(n)))
-        return np.array(list(chosen))
+        drawn, chosen = np.empty(0, np.int64), np.empty(0, np.int64)
+        while len(chosen) < count:  # many at once are the same stream as one by one
+            drawn = np.concatenate([drawn, random.randint(n, size=2 * count)])
+            chosen = np.sort(np.unique(drawn, return_index=True)[1])
+        return drawn[chosen[:count]]
     out = np.arange(count)
     for i in range(count, n):
         j = random.randint(0, i + 1)

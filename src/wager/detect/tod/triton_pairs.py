@@ -7,6 +7,7 @@ processor that has fused multiply-add. Legend: P pairs, R rows asked about, N ba
 # pyright: reportMissingImports=false, reportIndexIssue=false
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,4 +38,5 @@ def squared_kernel(query, base, row, column, out, pairs, features, PAIRS: tl.con
 def squared(query_RD: Tensor, base_ND: Tensor, row_P: Tensor, column_P: Tensor, out_P: Tensor) -> None:
     """|query[row] - base[column]|^2 of every pair into out_P. All contiguous; rows float64, numbers of rows int64."""
     grid = (triton.cdiv(len(row_P), PAIRS),)
-    squared_kernel[grid](query_RD, base_ND, row_P, column_P, out_P, len(row_P), base_ND.shape[1], PAIRS=PAIRS)
+    with torch.cuda.device_of(query_RD):  # does nothing for tensors of a processor
+        squared_kernel[grid](query_RD, base_ND, row_P, column_P, out_P, len(row_P), base_ND.shape[1], PAIRS=PAIRS)
