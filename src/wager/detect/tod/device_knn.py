@@ -210,11 +210,12 @@ class DeviceSearch:
         for r0, r1 in row_blocks(len(row_R), rows):
             mine = row_R[r0:r1]
             points = query_RD if len(mine) == len(query_RD) else query_RD[mine]
-            for hit, wide in self.hits(dtype, points, columns, k, again, mine):
-                for s0, s1 in pieces(wide, max(1, budget // HIT_BYTES)):
-                    at = hit[s0:s1].nonzero()
-                    self.decide(points, at[:, 0] + s0, at[:, 1], mine, k, distance, index)
-                    facts["verified_pairs"] += len(at)
+            hit, wide = self.hits(dtype, points, columns, k, again, mine)
+            for s0, s1 in pieces(wide, max(1, budget // HIT_BYTES)):
+                at = hit[s0:s1].nonzero()
+                self.decide(points, at[:, 0] + s0, at[:, 1], mine, k, distance, index)
+                facts["verified_pairs"] += len(at)
+            del hit
         if again:
             left = torch.cat(again)
             facts["fp64_rows"] += len(left)
@@ -222,8 +223,9 @@ class DeviceSearch:
 
     def hits(
         self, dtype: torch.dtype, points_RD: Tensor, columns: int, k: int, again: list[Tensor], row_R: Tensor
-    ) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """For the rows of a tile: which distinct base rows may be among the wanted ones (bool, R x G), and how many each row has."""
+    ) -> tuple[Tensor, np.ndarray]:
+        """For the rows of a tile: which distinct base rows may be among the wanted ones (bool, R x G), and how many each row has. Rows that
+        float32 cannot settle have none and go to `again`."""
         level, n = self.level(dtype), len(self.distinct().rows_GD)
         asked, square, safe = level.asked(self.scaled(points_RD))
         tiles = list(row_blocks(len(level.base_CW), columns))
@@ -244,7 +246,7 @@ class DeviceSearch:
         elif bool(whole.any()):  # no bound holds: all of them
             hit[whole] = True
             wide = wide.masked_fill(whole, n)
-        yield hit, wide.cpu().numpy()
+        return hit, wide.cpu().numpy()
 
     def limit(
         self, level: Level, asked_RW: Tensor, square_R: Tensor, tiles: list, kept: Tensor | None, count: int

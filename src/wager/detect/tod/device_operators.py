@@ -21,10 +21,12 @@ from wager.detect.tod.device_knn import DeviceSearch, suits
 from wager.detect.tod.knn import nearest
 from wager.detect.tod.plan import on_device
 
+MOST_PRODUCTS = 32768  # of a batch of small matrix products: beyond 65535 libraries differ
 
-def parts(execution: Execution, items: int, bytes_each: int) -> Iterator[tuple[int, int]]:
-    """Runs of items whose scratch fits the budget."""
-    return row_blocks(items, max(1, min(items, device.budget_bytes(execution) // max(1, bytes_each))))
+
+def parts(execution: Execution, items: int, bytes_each: int, most: int = 2**30) -> Iterator[tuple[int, int]]:
+    """Runs of items whose scratch fits the budget, `most` at a time."""
+    return row_blocks(items, max(1, min(items, most, device.budget_bytes(execution) // max(1, bytes_each))))
 
 
 # -- neighbours --------------------------------------------------------------------------------------------------------------------------
@@ -91,7 +93,7 @@ def angle_variance(execution: Execution, x_ND: Tensor, found: Found) -> Tensor:
     (n, k), d = found.index_RK.shape, x_ND.shape[1]
     out_N = torch.zeros(n, dtype=torch.float64, device=x_ND.device)
     upper_KK = torch.ones(k, k, dtype=torch.bool, device=x_ND.device).triu(1)
-    for a, b in parts(execution, n, 8 * k * (3 * d + 6 * k)):
+    for a, b in parts(execution, n, 8 * k * (3 * d + 6 * k), most=MOST_PRODUCTS):
         edge_RKD = x_ND[found.index_RK[a:b]] - x_ND[a:b, None]
         real_RK = (edge_RKD != 0).any(2)
         length_RK = torch.where(real_RK, edge_RKD.square().sum(2), 1.0)
@@ -266,7 +268,7 @@ def axes(execution: Execution, x_ND: Tensor, standardize: bool, count: int) -> t
     scale_D = torch.where(scale_D > 10 * np.finfo(float).eps * centre_D.abs(), scale_D, 1.0)
     z_ND = (x_ND - centre_D) / scale_D
     z_ND = z_ND - z_ND.mean(0)
-    triangle = device.fetched(torch.linalg.qr(z_ND, mode="r").R if n > 2 * d else z_ND)
+    triangle = device.fetched(torch.linalg.qr(z_ND, mode="r")[1] if n > 2 * d else z_ND)
     return marginals.axes_of(triangle, n, d, device.fetched(centre_D), device.fetched(scale_D), count)
 
 

@@ -205,7 +205,7 @@ def axes(execution: Execution, x_ND: np.ndarray, standardize: bool, count: int) 
     scale_D = np.where(scale_D > 10 * np.finfo(float).eps * np.abs(centre_D), scale_D, 1.0)
     z = (x_ND - centre_D) / scale_D
     z = z - z.mean(0)
-    triangle = np.linalg.qr(z, mode="r") if n > 2 * z.shape[1] else z  # the same singular values, in fewer rows
+    triangle: Any = np.linalg.qr(z, mode="r") if n > 2 * z.shape[1] else z  # the same singular values, in fewer rows
     return axes_of(triangle, n, z.shape[1], centre_D, scale_D, count)
 
 
