@@ -10,7 +10,7 @@ core; fits that use all cores (brute-force neighbours above 15 features, PCA) an
 `PyOD, all cores` rows compare with those. What the budget cuts off is named in the facts and counted nowhere. Our side is warmed on a slice of
 each table, then fitted `repeats` times (median; A/A is the distance of the medians of its halves; the first full fit is in the facts).
 The ensemble's baseline is the sum of PyOD's single fits. Saved after every row; `equal` counts rows whose scores agree to 1e-6, and
-`against_cpu` is the largest relative difference from our own scores on the processor.
+`against_cpu` is the largest relative difference from our own scores on the processor; `untied` compares LOF and ABOD where noise broke ties (see equality).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.detect.equality import NOISE, TOLERANCE, broken_ties
 from benchmarks.detect.tod import COF_ROWS, ENSEMBLE, SEEDED, table
 from benchmarks.harness import Report, Row, arguments, say
 from benchmarks.worker import Worker
@@ -42,7 +43,7 @@ NEIGHBORS = ("knn", "lof", "abod")
 ALL_CORES = ("knn", "lof")
 BRUTE_FROM = 16  # features from which scikit-learn's "auto" is the brute search, which uses every core
 SLOWEST_FIRST = ("abod", "loda", "iforest", "lof", "cof", "knn", "ecod", "copod", "hbos", "pca")
-TOLERANCE = 1e-6
+TIED = ("lof", "abod")
 BUDGETS = (500_000_000, 2_000_000_000)
 
 Key = tuple[str, str]  # detector, table
@@ -56,6 +57,12 @@ def main() -> None:
     parser.add_argument("--sets", default=None, help="tables to take; default: all of 20,000 rows or more")
     parser.add_argument("--detectors", default=",".join(ENSEMBLE), help="detectors to time")
     parser.add_argument("--budget-s", type=float, default=None, help="wall time of PyOD's side (60; 30 with --quick)")
+    parser.add_argument(
+        "--untied-s",
+        type=float,
+        default=0.0,
+        help="give PyOD this long for LOF and ABOD with ties broken, to compare scores",
+    )
     parser.add_argument("--profile", action="store_true", help="print what LOF spends its time on, kernel by kernel")
     parser.add_argument("--name", default=None, help="name of the record; default: after the device")
     args = parser.parse_args()
@@ -66,7 +73,7 @@ def main() -> None:
     sets = dict(sorted(sets.items(), key=lambda item: len(item[1])))
     bench = Bench(args.device, names, sets, args.repeats or (2 if args.quick else 6), args.name)
     paths = {n: str(args.data / f"{n}.npz") for n in sets}
-    section("PyOD", lambda: bench.ask_peer(args.peer_python, paths, budget_s))
+    section("PyOD", lambda: bench.ask_peer(args.peer_python, paths, budget_s, args.untied_s))
     for name in sets:
         for det in names:
             section(f"{det} on {name}", lambda det=det, name=name: bench.single(det, name))
@@ -109,6 +116,7 @@ class Bench:
         gpu = torch.cuda.get_device_name(device) if self.on_gpu else device
         self.peer: dict[Key, dict[str, Any]] = {}
         self.peer_all: dict[Key, dict[str, Any]] = {}
+        self.untied: dict[Key, str] = {}
         self.lines: list[str] = []
         short = next((s for s in ("h100", "h200") if s in gpu.lower()), gpu.lower().replace(" ", "-").replace(":", ""))
         facts = {"device": gpu, "torch": torch.__version__, "cpu_cores": native.threads(), "left_out": {}, "cells": {}}
@@ -120,7 +128,7 @@ class Bench:
         rows = COF_ROWS if det == "cof" else None
         return {"name": det, "table": name, "config": SEEDED.get(det, {}) | more, "rows": rows}
 
-    def ask_peer(self, python: str, paths: dict[str, str], budget_s: float) -> None:
+    def ask_peer(self, python: str, paths: dict[str, str], budget_s: float, untied_s: float) -> None:
         """PyOD's side. While its processes import and compile, ours wakes the GPU and builds its loops."""
         single = Worker([python, str(POOL)], env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}, log=Path("pyod_pool.log"))  # fmt: skip
         with single, Worker([python, str(POOL)], log=Path("pyod_alone.log")) as whole:
@@ -139,6 +147,7 @@ class Bench:
             self.ask_pool(single, [key for key in keys if not self.runs_alone(*key)], 0.55 * budget_s)
             end = time.perf_counter() + 0.45 * budget_s
             self.ask_alone(whole, [key for key in keys if self.runs_alone(*key)], end)
+            self.ask_untied(single, [key for key in keys if key[0] in TIED], untied_s)
         for key in keys:
             if key not in self.peer:
                 self.report.facts["left_out"][f"{key[0]} on {key[1]}"] = "PyOD did not end within the budget"
@@ -156,6 +165,13 @@ class Bench:
             if value:
                 self.peer[key] = value | {"how": "one thread, on a core of its own beside others"}
                 say(f"PyOD {key[0]} on {key[1]}: {value['seconds'][0]:.3f} s")
+
+    def ask_untied(self, worker: Worker, keys: list[Key], limit_s: float) -> None:
+        """Scores alone: which of equally near rows is a neighbour is arbitrary in PyOD, so they compare only where ties are broken."""
+        if limit_s:
+            jobs = [self.job(*key) | {"jitter": NOISE} for key in keys]
+            found = worker.call("together", jobs=jobs, limit_s=limit_s, first_core=1)
+            self.untied = {key: value["scores"] for key, value in zip(keys, found, strict=True) if value}
 
     def ask_alone(self, worker: Worker, keys: list[Key], end: float) -> None:
         again = [(d, n) for d in ALL_CORES for n in self.sets if d in self.names]
@@ -221,6 +237,9 @@ class Bench:
                 cell |= {"pyod_how": theirs["how"], "equal": len(x) - differ, "differ": differ, "largest": largest}
             self.add(label, who, theirs["seconds"], seconds)
             cell |= {f"ratio to {who}": self.report.rows[-1].ratio, f"{who} s": theirs["seconds"]}
+        if (det, name) in self.untied:
+            apart = gap(self.fit(det, broken_ties(x)).decision_scores_, np.load(self.untied[det, name]))
+            cell |= {"untied_differ": apart[0], "untied_largest": apart[1]}
         self.report.facts["cells"][f"{det} {name}"] = cell
         self.tell(label, cell)
         self.save()
@@ -334,7 +353,7 @@ def gap(ours: np.ndarray, theirs: np.ndarray) -> tuple[int, float]:
     finite = np.isfinite(theirs)
     size = np.maximum(np.abs(theirs), 1e-8 * np.abs(theirs[finite]).max(initial=1e-300))
     apart = np.abs(ours - theirs) / size
-    return int((~(apart <= TOLERANCE)).sum()), float(np.nanmax(apart, initial=0.0))
+    return int((~(apart <= TOLERANCE)).sum()), min(1e300, float(np.nanmax(apart, initial=0.0)))
 
 
 if __name__ == "__main__":
