@@ -313,6 +313,8 @@ class Bench:
             if ratio
             else ", no PyOD"
         )
+        if "untied_differ" in cell:
+            line += f", untied {cell['untied_differ']} (largest {cell['untied_largest']:.1e})"
         self.lines.append(
             f"{line}, against cpu {cell['against_cpu']:.1e}, peak {cell['peak_device_bytes'] / 1e9:.2f} GB"
         )
