@@ -19,9 +19,9 @@ BLOCK_ROWS = 65536
 
 @dataclass(frozen=True)
 class Execution:
-    """Where and how operators run. None of it changes a result.
+    """Where and how operators run. None of it changes a result, but that a torch device sums in another order: scores there agree to rounding.
 
-    device: cpu, cuda, cuda:1, ...; precision: of the proposing arithmetic; search: scan, tree, fp64 or auto; batch_rows: rows of a block (None: from
+    device: cpu (the loops of this library), or a device of torch: cuda, cuda:1, cpu:0; precision: of the proposing arithmetic; search: scan, tree, fp64 or auto; batch_rows: rows of a block (None: from
     the budget); memory_bytes: what an operator may allocate beside its input and output (None: 0.8 of what is free); workers: processes;
     checkpoint: a folder where finished row blocks are kept, so that a killed run goes on where it was; ray_address: do the blocks on a Ray cluster
     ("auto": the one this machine belongs to, "local": one of this machine alone, or host:port).

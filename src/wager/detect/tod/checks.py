@@ -35,7 +35,8 @@ def check_rows(x: Any, *, at_least: int = 1, features: int | None = None) -> np.
     if array.shape[1] == 0:
         raise DataError(f"X has shape {array.shape}, no features; give at least one column")
     array = np.ascontiguousarray(array, dtype=np.float64)
-    if not np.isfinite(array).all():
+    low, high = (array.min(), array.max()) if len(array) else (0.0, 0.0)
+    if not (np.isfinite(low) and np.isfinite(high)):  # NaN passes through both
         row, column = np.argwhere(~np.isfinite(array))[0]
         kind = "NaN" if np.isnan(array[row, column]) else "infinity"
         raise DataError(
@@ -45,7 +46,7 @@ def check_rows(x: Any, *, at_least: int = 1, features: int | None = None) -> np.
         raise DataError(f"X has {len(array)} row(s); at least {at_least} are needed")
     if features is not None and array.shape[1] != features:
         raise DataError(f"X has {array.shape[1]} features, but the detector was fitted with {features}")
-    if max(array.max(initial=0), -array.min(initial=0)) > 1e150:
+    if max(high, -low) > 1e150:
         raise DataError("X holds values beyond 1e150, whose squared distances overflow float64; rescale the features")
     return array
 

@@ -94,8 +94,12 @@ def nearest(
 
 def choose(query_RD: np.ndarray | None, base_ND: np.ndarray, k: int, execution: Execution) -> Any:
     """The searcher: the one asked for, or for 'auto' the tree over distinct points where few features and many copies make it the quicker one."""
-    if execution.search == "fp64" or execution.precision == "fp64":
+    if execution.search == "fp64" or (execution.precision == "fp64" and execution.device == "cpu"):
         return Exhaustive(base_ND, k, execution)
+    if execution.device != "cpu" and execution.precision not in ("fp16", "bf16"):
+        from wager.detect.tod.device_knn import DeviceSearch
+
+        return DeviceSearch(base_ND, k, execution)
     if execution.device != "cpu" or execution.precision in ("fp16", "bf16"):
         from wager.detect.tod.torch_knn import TorchScan
 

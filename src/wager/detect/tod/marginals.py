@@ -205,15 +205,26 @@ def axes(execution: Execution, x_ND: np.ndarray, standardize: bool, count: int) 
     scale_D = np.where(scale_D > 10 * np.finfo(float).eps * np.abs(centre_D), scale_D, 1.0)
     z = (x_ND - centre_D) / scale_D
     z = z - z.mean(0)
-    triangle = np.linalg.qr(z, mode="r") if n > 2 * z.shape[1] else z  # the same singular values, in fewer rows
+    triangle: Any = np.linalg.qr(z, mode="r") if n > 2 * z.shape[1] else z  # the same singular values, in fewer rows
+    return axes_of(triangle, n, z.shape[1], centre_D, scale_D, count)
+
+
+def axes_of(
+    triangle: np.ndarray, n: int, d: int, centre_D: np.ndarray, scale_D: np.ndarray, count: int
+) -> tuple[np.ndarray, ...]:
+    """`axes` from a matrix with the singular values of the n x d standardized rows."""
     _, singular, components = np.linalg.svd(triangle, full_matrices=False)
     variance = singular**2 / (n - 1)
-    keep = singular > max(z.shape) * np.finfo(float).eps * singular.max(initial=0)  # the usual numerical rank
+    keep = singular > max(n, d) * np.finfo(float).eps * singular.max(initial=0)  # the usual numerical rank
     if not keep.any():
         raise DataError("all features are constant; PCA has no direction to look along")
     total = variance.sum()
     components, variance = components[keep][:count], variance[keep][:count]
-    lead = np.take_along_axis(components, np.abs(components).argmax(1)[:, None], 1)
+    size = np.abs(components)
+    first = (size >= (1 - 1e-10) * size.max(1, keepdims=True)).argmax(
+        1
+    )  # equal entries: the first, whatever rounding says
+    lead = np.take_along_axis(components, first[:, None], 1)
     return centre_D, scale_D, components * np.sign(lead), variance, variance / total
 
 
@@ -325,10 +336,11 @@ def draw(random: np.random.RandomState, n: int, count: int) -> np.ndarray:
     if 0.01 < share < 0.99:
         return random.permutation(n)[:count]
     if share <= 0.01:
-        chosen: dict[int, None] = {}
-        while len(chosen) < count:
-            chosen.setdefault(int(random.randint(n)))
-        return np.array(list(chosen))
+        drawn, chosen = np.empty(0, np.int64), np.empty(0, np.int64)
+        while len(chosen) < count:  # many at once are the same stream as one by one
+            drawn = np.concatenate([drawn, random.randint(n, size=2 * count)])
+            chosen = np.sort(np.unique(drawn, return_index=True)[1])
+        return drawn[chosen[:count]]
     out = np.arange(count)
     for i in range(count, n):
         j = random.randint(0, i + 1)

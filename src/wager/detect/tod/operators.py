@@ -173,12 +173,17 @@ def tail_probability(execution: Execution, x_ND: np.ndarray) -> tuple[np.ndarray
 @operator("tail_score", bytes=lambda n, d, rule: 32 * n * d, made_of="skewness, max, sum")
 def tail_score(execution: Execution, x_ND: np.ndarray, tails: tuple[np.ndarray, np.ndarray], rule: str) -> np.ndarray:
     """Sum over features of the largest of left, right (ecod) or their mean (copod) and the tail that the skewness points at."""
-    from scipy.stats import skew
-
     left, right = tails
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Precision loss")  # constant features have no skewness
-        sign_D = np.sign(np.nan_to_num(skew(x_ND, axis=0)))
+    sign_D = skewness_sign(x_ND)
     pointed = -left * np.sign(sign_D - 1) + right * np.sign(sign_D + 1)
     other = np.maximum(left, right) if rule == "ecod" else (left + right) / 2
     return np.maximum(pointed, other).sum(1)
+
+
+def skewness_sign(x_ND: np.ndarray) -> np.ndarray:
+    """-1, 0 or 1 for each feature."""
+    from scipy.stats import skew
+
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Precision loss")  # constant features have no skewness
+        return np.sign(np.nan_to_num(skew(x_ND, axis=0)))

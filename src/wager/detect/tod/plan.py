@@ -38,6 +38,7 @@ class Operator:
 
     A splittable operator also has map(inputs, start, stop, **attrs) for rows start..stop and merge(parts, **attrs); the runtime then cuts it so
     that bytes(rows, features, **attrs) of a part stay under the budget. Merging must give the bits that one part would have given.
+    on_device, if there is one, is run for tensors of a torch device; it cuts its work itself.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Operator:
     map: Callable[..., Any] | None = None
     merge: Callable[..., Any] | None = None
     made_of: str = ""
+    on_device: Callable[..., Any] | None = None
 
     @property
     def splittable(self) -> bool:
@@ -69,6 +71,16 @@ def operator(
         if (map is None) != (merge is None):
             raise UsageError(f"operator {name!r}: map and merge come together")
         OPERATORS[name] = Operator(name, run, bytes, map, merge, made_of)
+        return run
+
+    return register
+
+
+def on_device(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the form of an operator that computes where `Execution.device` says."""
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        OPERATORS[name] = replace(OPERATORS[name], on_device=run)
         return run
 
     return register
@@ -144,6 +156,8 @@ def run(roots: Sequence[Node], x_ND: Any, execution: Execution, progress: Callab
     values: dict[Node, Any] = {}
     seconds: dict[str, float] = {}
     facts: dict[str, Any] = {}
+    there = Elsewhere(execution, x_ND) if execution.device != "cpu" else None
+    compute = call if there is None else there.call
     for n in order:
         if n.op == "data":
             values[n] = x_ND
@@ -151,7 +165,7 @@ def run(roots: Sequence[Node], x_ND: Any, execution: Execution, progress: Callab
         if progress:
             progress(label(n))
         start = time.perf_counter()
-        values[n] = call(n, [values[c] for c in n.inputs], x_ND.shape, execution)
+        values[n] = compute(n, [values[c] for c in n.inputs], x_ND.shape, execution)
         seconds[label(n)] = seconds.get(label(n), 0.0) + time.perf_counter() - start
         if n.op == "knn":
             facts[label(n)] = values[n].facts
@@ -159,7 +173,37 @@ def run(roots: Sequence[Node], x_ND: Any, execution: Execution, progress: Callab
             uses[child] -= 1
             if uses[child] == 0:
                 del values[child]
+    if there is not None:
+        home = {root: there.fetched(values[root]) for root in roots}
+        return Run([home[root] for root in roots], seconds, facts)
     return Run([values[root] for root in roots], seconds, facts)
+
+
+class Elsewhere:
+    """Evaluates operators on the execution's torch device; the rows are there once, and what has no form for it runs here."""
+
+    def __init__(self, execution: Execution, x_ND: Any):
+        from wager.detect.tod import device, device_operators
+
+        assert device_operators  # importing it registers the forms
+        self.device, self.x_ND, self._x_there = device.check(execution), x_ND, None
+        self.placed, self.fetched, self.settle = device.placed, device.fetched, device.settle
+
+    def input(self, value: Any) -> Any:
+        if value is not self.x_ND:
+            return self.placed(value, self.device)
+        if self._x_there is None:
+            self._x_there = self.placed(self.x_ND, self.device)
+        return self._x_there
+
+    def call(self, n: Node, inputs: list[Any], shape: tuple[int, int], execution: Execution) -> Any:
+        """One operator, there if it can be."""
+        run_there = OPERATORS[n.op].on_device
+        if run_there is None:
+            return call(n, [self.fetched(value) for value in inputs], shape, execution)
+        value = run_there(execution, *[self.input(value) for value in inputs], **dict(n.attrs))
+        self.settle(self.device)
+        return value
 
 
 def call(n: Node, inputs: list[Any], shape: tuple[int, int], execution: Execution) -> Any:
