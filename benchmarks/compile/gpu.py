@@ -263,7 +263,7 @@ def replayed(
 
 def errors(
     load: Workload, inputs: list[Tensor], contenders: dict[str, Callable[..., Tensor]], compiled: Any
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Each contender's largest difference from the float64 result, as a part of the verifier's bound for float16."""
     from wager.graph.verify.floating import expected, judge
 
@@ -271,10 +271,8 @@ def errors(
     named = dict(zip(traced.user_inputs, inputs, strict=True)) | traced.constants
     wanted = expected(traced.program, [named[n].double().cpu().numpy() for n in traced.program.input_names], "float16")
     with torch.no_grad():
-        return {
-            name: float(f"{judge(wanted, [call(*inputs).double().cpu().numpy()]).worst:.3g}")
-            for name, call in contenders.items()
-        }
+        worst = {n: judge(wanted, [c(*inputs).double().cpu().numpy()]).worst for n, c in contenders.items()}
+    return {name: float(f"{w:.3g}") if math.isfinite(w) else "not finite" for name, w in worst.items()}
 
 
 # ── all of them ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -83,8 +83,8 @@ def kind_of(example_inputs: Sequence[Any]) -> tuple[str, torch.dtype]:
     if len(kinds) == 1:
         ((place, dtype),) = kinds
         if dtype is torch.float32 and place == "cpu":
-            return place, dtype
-        if place.startswith("cuda") and dtype is not None and str(dtype).removeprefix("torch.") in STORED:
+            return "cpu", torch.float32
+        if dtype is not None and place.startswith("cuda") and str(dtype).removeprefix("torch.") in STORED:
             return place, dtype
     told = ", ".join(f"{dtype or place} on {place}" if dtype else place for place, dtype in sorted(kinds, key=str))
     raise UsageError(

@@ -275,6 +275,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "sum": _sum,
     "mean": _mean,
     "rms_norm": _rms_norm,
+    "_fused_rms_norm": _rms_norm,
     "convolution": _convolution,
     "_native_batch_norm_legit_no_training": _batch_norm,
     "_softmax": _softmax,
