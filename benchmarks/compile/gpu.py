@@ -303,7 +303,13 @@ def main() -> None:
     report = assemble(found)
     print(report.table())
     for name, value in report.facts.items():
-        say(f"{name}: {json.dumps(value, indent=1) if isinstance(value, dict) else value}")
+        if name.startswith(("geomean", "by workload")):
+            print(f"{name}: {value}")
+        else:
+            say(f"{name}: {json.dumps(value, indent=1)}")
+    failed = {name: part["errors"][0].strip().splitlines()[-1][:200] for name, part in found.items() if part["errors"]}
+    for name, error in failed.items():
+        print(f"{name}: {error}")
     if not args.quick:
         say(f"saved {report.save()}")
 
