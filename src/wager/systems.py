@@ -145,7 +145,7 @@ SYSTEMS: tuple[System, ...] = (
       "compile.mirage", "compile run --search mirage"),
     S("Prism", "Prism: Symbolic Superoptimization of Tensor Programs", "2604.15272",
       "Searches families of programs symbolically and decides the tile sizes last.",
-      "compile.prism", "compile run --search prism"),
+      "compile.prism", "compile run --search prism", bench=("prism", "mirage_gpu_h100", "mirage_gpu_h200")),
     S("Collage", "Collage: Seamless Integration of Deep Learning Backends with Automatic Placement", "2111.00655",
       "Places parts of a graph on the backend that runs each fastest, by measured cost.",
       "compile.collage", "compile --search collage"),

@@ -3,7 +3,7 @@
 `search="prism"` (symbolic) and `"mirage"` (concrete) look for one fused kernel of a small program; `"ollie"` derives the convolutions and
 constant products of a network; `"auto"` takes OLLIE for programs with convolutions and Prism for the rest. The result is used only if it
 is measured faster than the original on the example inputs and lies within the accumulation-aware error bound. Parameters of a module are
-frozen. Sources: arXiv 2208.02025, 2405.05751, 2604.15272.
+frozen. On float32 CPU tensors kernels are C++; on a CUDA device (float16, bfloat16 or float32) they are Triton, searched by prism. Sources: arXiv 2208.02025, 2405.05751, 2604.15272.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wager.compile import device
 from wager.compile.dynamo import Frozen
 from wager.compile.fused import Settings, superoptimize
 from wager.compile.mirage.generate import Limits
 from wager.compile.ollie.network import optimize
 from wager.compile.report import Report
 from wager.errors import UsageError
+from wager.graph import cuda_timer
 from wager.graph.draw import svg
 from wager.graph.execute import Executable
 from wager.graph.program import Builder, Program, from_json, to_json
-from wager.graph.timer import time_together
+from wager.graph.timer import Timing, time_together
 from wager.graph.trace import Traced, trace
-from wager.graph.verify.floating import compare
+from wager.graph.verify.floating import STORED, compare
 
 SEARCHES = ("auto", "ollie", "mirage", "prism")
 
@@ -44,11 +46,17 @@ class Compiled:
         run: Callable[..., list[Tensor]] | None,
         program: Program,
         report: Report,
+        kind: tuple[str, torch.dtype] = ("cpu", torch.float32),
     ):
+        """`kind`: the device and the type that `run` takes."""
         self.original, self.traced, self.run, self.program, self._report = original, traced, run, program, report
+        self.kind = kind
+
+    def _served(self, x: Tensor) -> bool:
+        return (str(x.device), x.dtype) == self.kind and not (x.requires_grad and torch.is_grad_enabled())
 
     def __call__(self, *inputs: Tensor) -> Any:
-        if self.run is None or not all(_served(x) for x in inputs):
+        if self.run is None or not all(self._served(x) for x in inputs):
             return self.original(*inputs)
         with torch.no_grad():
             outputs = self.run(*inputs)
@@ -69,8 +77,20 @@ class Compiled:
         Path(path).write_text(svg(self.program))
 
 
-def _served(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not (x.requires_grad and torch.is_grad_enabled())
+def kind_of(example_inputs: Sequence[Any]) -> tuple[str, torch.dtype]:
+    """The device and the type of all inputs. Raises UsageError where there is no form for them."""
+    kinds = {(str(x.device), x.dtype) if isinstance(x, Tensor) else (type(x).__name__, None) for x in example_inputs}
+    if len(kinds) == 1:
+        ((place, dtype),) = kinds
+        if dtype is torch.float32 and place == "cpu":
+            return "cpu", torch.float32
+        if dtype is not None and place.startswith("cuda") and str(dtype).removeprefix("torch.") in STORED:
+            return place, dtype
+    told = ", ".join(f"{dtype or place} on {place}" if dtype else place for place, dtype in sorted(kinds, key=str))
+    raise UsageError(
+        f"example input of type {told}: compiled programs take float32 CPU tensors, "
+        "or tensors of one type (float16, bfloat16, float32) on one CUDA device"
+    )
 
 
 def compile(
@@ -93,7 +113,8 @@ def compile(
     `max_block_ops` bounds Mirage's and Prism's block graphs; `max_kernels=2` lets them also split a sum over blocks of one kernel and merge it
     in a second (flash-decoding); `max_library_ops` lets Mirage build kernel graphs of that many library operators beside custom kernels;
     `samples` is how many members are compiled and timed; `workers` processes search; `state` names a file from which a stopped search goes on;
-    with `cache` an answer found before on this machine is taken from disk (and verified and timed again).
+    with `cache` an answer found before on this machine is taken from disk (and verified and timed again). On a GPU the search is prism and
+    `max_library_ops` is 0; both sides of the final timing are replayed as CUDA graphs.
     """
     if search not in SEARCHES:
         raise UsageError(f"search {search!r} is unknown; use one of {', '.join(SEARCHES)}")
@@ -103,25 +124,21 @@ def compile(
         raise UsageError(f"max_kernels is {max_kernels} with search {search!r}; use 1, or 2 with prism or mirage")
     if max_library_ops < 0 or (max_library_ops and search != "mirage"):
         raise UsageError(f"max_library_ops is {max_library_ops} with search {search!r}; use 0, or more with mirage")
-    bad = next(
-        (x for x in example_inputs if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu"),
-        None,
-    )
-    if bad is not None:
-        raise UsageError(
-            f"example input of type {getattr(bad, 'dtype', type(bad).__name__)}: compiled programs take float32 CPU tensors"
-        )
+    kind = kind_of(example_inputs)
     start = time.perf_counter()
     traced = freeze(trace(function, example_inputs))
     if search == "auto":
-        search = "ollie" if any(n.op == "conv" for n in traced.program.nodes) else "prism"
+        search = "ollie" if kind[0] == "cpu" and any(n.op == "conv" for n in traced.program.nodes) else "prism"
+    if search == "ollie" and kind[0] != "cpu":
+        raise UsageError("search 'ollie' makes kernels for a CPU; on a GPU use prism")
     if search == "ollie":
         run, program, report = _ollie(traced, time_budget_s, progress)
     else:
         limits = Limits(max_block_ops, max_kernels=max_kernels, max_library_ops=max_library_ops, budget_s=time_budget_s)
         settings = Settings(search, limits, samples, workers, state, cache)
-        run, program, report = superoptimize(traced, example_inputs, settings, progress)
-    compiled = Compiled(function, traced, run, program, report)
+        engine = superoptimize if kind[0] == "cpu" else device.superoptimize
+        run, program, report = engine(traced, example_inputs, settings, progress)
+    compiled = Compiled(function, traced, run, program, report, kind)
     _judge(compiled, example_inputs)
     report.seconds = time.perf_counter() - start
     return compiled
@@ -149,7 +166,8 @@ def freeze(traced: Traced) -> Traced:
 def _placed(j: int, place: dict[int, int], known: Sequence[Any], build: Builder, constants: dict[str, Tensor]) -> int:
     if j not in place:
         name = f"constant{len(constants)}"
-        constants[name] = known[j].float().contiguous()
+        value = known[j]
+        constants[name] = (value if value.is_cuda else value.float()).contiguous()
         place[j] = build.input(tuple(known[j].shape), name)
     return place[j]
 
@@ -179,22 +197,31 @@ def _judge(compiled: Compiled, inputs: Sequence[Tensor]) -> None:
     if run is None:
         return
     named = dict(zip(compiled.traced.user_inputs, inputs, strict=True)) | compiled.traced.constants
-    values = [named[n].detach().double().numpy() for n in compiled.traced.program.input_names]
+    values = [named[n].detach().double().cpu().numpy() for n in compiled.traced.program.input_names]
+    dtype = str(compiled.kind[1]).removeprefix("torch.")
     with torch.no_grad():
-        verdict = compare(compiled.traced.program, values, [o.numpy() for o in run(*inputs)])
-        timing = time_together(
-            {"original": lambda: compiled.original(*inputs), "compiled": lambda: run(*inputs)}, rounds=25, budget_s=4.0
+        outputs = [o.double().cpu().numpy() for o in run(*inputs)]
+        verdict = compare(compiled.traced.program, values, outputs, dtype=dtype)
+        timing = _timing(
+            {"original": lambda: compiled.original(*inputs), "compiled": lambda: run(*inputs)}, compiled.kind
         )
     report.original_ms, report.compiled_ms = timing.medians_s["original"] * 1e3, timing.medians_s["compiled"] * 1e3
     report.noise = timing.noise
-    report.counters["error"] = f"{verdict.worst:.2g} of the float32 bound"
+    report.counters["error"] = f"{verdict.worst:.2g} of the {dtype} bound"
     if not verdict:
-        report.reason = f"the result leaves the float32 error bound ({verdict.worst:.3g} times); the original is kept"
+        report.reason = f"the result leaves the {dtype} error bound ({verdict.worst:.3g} times); the original is kept"
     elif report.compiled_ms >= report.original_ms:
         report.reason = f"nothing faster was found ({report.compiled_ms:.3f} against {report.original_ms:.3f} ms); the original is kept"
     else:
         return
     report.used, report.compiled_ms, compiled.run = "original", report.original_ms, None
+
+
+def _timing(contenders: Mapping[str, Callable[[], Any]], kind: tuple[str, torch.dtype]) -> Timing:
+    if kind[0] == "cpu":
+        return time_together(contenders, rounds=25, budget_s=4.0)
+    with cuda_timer.alone():
+        return cuda_timer.time_together(contenders)
 
 
 def load(path: str | Path) -> tuple[Program, Mapping[str, Any]]:

@@ -63,7 +63,7 @@ def trace(
                 dynamic_shapes=dimensions(function, example_inputs, dynamic),
             )
             table = torch.export.default_decompositions()
-            for kept in ("silu", "gelu", "_prelu_kernel", "leaky_relu", "_softmax"):
+            for kept in ("silu", "gelu", "_prelu_kernel", "leaky_relu", "_softmax", "rms_norm", "_fused_rms_norm"):
                 table.pop(getattr(torch.ops.aten, kept).default, None)
             exported = exported.run_decompositions(table)
     except UsageError:

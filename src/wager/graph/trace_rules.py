@@ -115,6 +115,21 @@ def _mean(im: Importer, x: Any, dims: Any = None, keepdim: bool = False, dtype: 
     return im.build.add("scale", [_sum(im, x, dims, keepdim)], value=1 / count)
 
 
+def _rms_norm(im: Importer, x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> int:
+    """Over the last dimension. With `eps` 0 it stays one operator, which searches know."""
+    if len(shape) != 1:
+        raise UsageError(f"rms_norm over {len(shape)} dimensions has no form in the graph; normalise the last alone")
+    build, source = im.build, im.value(x)
+    if eps == 0:
+        out = build.add("rms_norm", [source])
+    else:
+        square = build.add("square", [source])
+        mean = build.add("scale", [build.add("sum", [square], dim=-1, width=1)], value=1 / im.shape(x)[-1])
+        at = build.add("shift", [mean], value=2.0**-23 if eps is None else float(eps))
+        out = build.add("mul", [source, build.add("rsqrt", [at])])
+    return out if weight is None else build.add("mul", [out, im.value(weight)])
+
+
 def _convolution(
     im: Importer,
     x: Any,
@@ -259,6 +274,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "expand": _expand,
     "sum": _sum,
     "mean": _mean,
+    "rms_norm": _rms_norm,
+    "_fused_rms_norm": _rms_norm,
     "convolution": _convolution,
     "_native_batch_norm_legit_no_training": _batch_norm,
     "_softmax": _softmax,

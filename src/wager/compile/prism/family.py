@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -74,25 +74,38 @@ def block_of(kernel: Kernel, shapes: Sequence[Shape], sizes: Sequence[int]) -> B
     return build.build()
 
 
+Fits = Callable[[BlockGraph, Sequence[Shape]], bool]
+"""Whether a block over arguments of these shapes suits the machine."""
+
+
+def in_arena(block: BlockGraph, shapes: Sequence[Shape]) -> bool:
+    """What suits a CPU: tiles that lie in the second-level cache together."""
+    return arena_bytes(block, shapes) <= ARENA_LIMIT
+
+
 def member_sizes(
-    family: Family, input_shapes: Sequence[Shape], least_blocks: int = 1, arena: int = ARENA_LIMIT
+    family: Family,
+    input_shapes: Sequence[Shape],
+    least_blocks: int = 1,
+    *,
+    grids: Sequence[int] = GRID_SIZES,
+    loops: Sequence[int] = LOOP_SIZES,
+    fits: Fits = in_arena,
 ) -> list[tuple[Sizes, ...]]:
-    """Every choice of candidate sizes that divides evenly, keeps `least_blocks` blocks per kernel and fits the arena."""
+    """Every choice of sizes in `grids` and `loops` that divides evenly, keeps `least_blocks` blocks per kernel and fits the machine."""
     partial: list[tuple[tuple[Sizes, ...], list[Shape]]] = [((), list(input_shapes))]
     for n, kernel in enumerate(family.kernels):
         names = family.open(n)
         grown = []
         for sizes, shapes in partial:
-            for size in product(
-                *(GRID_SIZES if a in names else (1,) for a in "xyz"), LOOP_SIZES if "loop" in names else (1,)
-            ):
+            for size in product(*(grids if a in names else (1,) for a in "xyz"), loops if "loop" in names else (1,)):
                 if math.prod(size[:3]) < least_blocks or math.prod(size[:3]) > 4096:
                     continue
                 try:
                     block = block_of(kernel, shapes, size)
                 except ShapeError:
                     continue
-                if arena_bytes(block, shapes) <= arena:
+                if fits(block, shapes):
                     grown.append(
                         ((*sizes, (size[0], size[1], size[2], size[3])), [block.output_shape(o) for o in block.outputs])
                     )

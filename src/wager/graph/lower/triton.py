@@ -1,8 +1,10 @@
 """A block graph as Triton source: one program instance a block, tiles in registers, sums in float32.
 
 Tiles have power-of-two sides on a GPU: other sizes are padded, loads fill with zeros, and a computed value is masked again before it is summed
-or contracted over a padded side. Inputs keep their type (half or float32) up to the matrix units; everything else is float32. The source is a
-file in the cache, so it can be read. TRITON_INTERPRET=1 runs it on a CPU.
+or contracted over a padded side. Inputs keep their type (half or float32) up to the matrix units, where a computed operand takes the narrowest
+type among the arguments; everything else is float32, also what one kernel leaves for the next. Arguments are read where they lie: the text is
+made for their strides. How many warps run a block and how many loop turns are loaded ahead is a `Launch`, chosen by measuring. The source is
+a file in the cache, so it can be read. TRITON_INTERPRET=1 runs it on a CPU.
 """
 
 # pyright: reportMissingImports=false
@@ -12,7 +14,7 @@ import hashlib
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +60,18 @@ BINARY_CODE = {
 }
 
 
+SHARED_BYTES = 227 * 1024  # of one multiprocessor (Hopper), all of which one block may take
+NARROW = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is started: warps of 32 threads for each block, and loop turns whose loads are in flight (1: no pipeline)."""
+
+    warps: int = 4
+    stages: int = 3
+
+
 def padded(size: int) -> int:
     """The side of a tile in registers; 1 stays 1, so that it broadcasts."""
     return 1 if size == 1 else max(LEAST_SIDE, 1 << (size - 1).bit_length())
@@ -68,6 +82,8 @@ class _Emitter:
     block: BlockGraph
     arguments: list[Shape]
     name: str
+    layouts: list[tuple[int, ...]] | None = None
+    kinds: list[torch.dtype] | None = None
     lines: list[str] = field(default_factory=list)
     depth: int = 1
 
@@ -77,6 +93,23 @@ class _Emitter:
         if lead > 1:
             raise UsageError("a tile with two batch dimensions inside has no Triton form; cut one by the grid")
         self.rank = 3 if any(s > 1 for t in tiles for s in t[:-2]) else 2
+        kinds = self.kinds or [torch.float32] * len(self.arguments)
+        self.narrow = next((a for a, kind in enumerate(kinds) if kind in NARROW), 0)
+        self.plain = {a for a, kind in enumerate(kinds) if kind == kinds[self.narrow]}
+        self.into = self._accumulated()
+
+    def _accumulated(self) -> dict[int, int]:
+        """Products that nothing but an accumulator reads: they add into its registers."""
+        readers: dict[int, list[int]] = {}
+        for i, node in enumerate(self.block.nodes):
+            for j in node.inputs:
+                readers.setdefault(j, []).append(i)
+        nodes = self.block.nodes
+        return {
+            j: users[0]
+            for j, users in readers.items()
+            if nodes[j].op == "matmul" and len(users) == 1 and nodes[users[0]].op == "accum" and not self._thin(j)
+        }
 
     @staticmethod
     def _aligned(shape: Shape, rank: int) -> Shape:
@@ -132,13 +165,15 @@ class _Emitter:
         elif node.op == "output":
             self._store(i)
         elif node.op == "matmul":
-            self.emit(f"t{i} = {self._product(i)}")
+            self.emit(f"t{self.into.get(i, i)} = {self._product(i)}")
         elif node.op in UNARY:
             attrs = {k: number(v) for k, v in node.attrs}
             self.emit(f"t{i} = {UNARY_CODE[node.op].format(x=self._wide(node.inputs[0]), **attrs)}")
         elif node.op in BINARY:
             a, b = (self._wide(j) for j in node.inputs)
             self.emit(f"t{i} = {BINARY_CODE[node.op].format(a=a, b=b)}")
+        elif node.op == "accum" and node.inputs[0] in self.into:
+            pass  # the product has added itself
         elif node.op == "accum":
             self.emit(f"t{i} += {self._wide(node.inputs[0])}")
         elif node.op in ("sum", "accum_sum", "accum_width", "accum_rms"):
@@ -161,11 +196,23 @@ class _Emitter:
             return self._wide(j)
         return f"tl.where((tl.arange(0, {padded(size)}) < {size}){self.axis(d)}, t{j}, 0.0)"
 
+    def _thin(self, i: int) -> bool:
+        """Whether a product has a side of 1, which the matrix unit does not take."""
+        a, b = (self.tile(j) for j in self.block.nodes[i].inputs)
+        return 1 in (a[-2], a[-1], b[-1])
+
+    def _operand(self, j: int, text: str) -> str:
+        """A value as the matrix unit reads it."""
+        node = self.block.nodes[j]
+        if node.op == "input" and node["arg"] in self.plain:
+            return text.replace(f"t{j}.to(tl.float32)", f"t{j}")
+        return f"({text}).to(in{self.narrow}.dtype.element_ty)"
+
     def _product(self, i: int) -> str:
         a, b = self.block.nodes[i].inputs
         ta, tb = self.tile(a), self.tile(b)
         left, right = self._masked(a, self.rank - 1), self._masked(b, self.rank - 2)
-        if 1 in (ta[-2], ta[-1], tb[-1]):  # too thin for the matrix unit
+        if self._thin(i):
             lead = ":, " if self.rank == 3 else ""
             axis = self.rank - 1
             return f"tl.sum(({left})[{lead}:, :, None] * ({right})[{lead}None, :, :], axis={axis})"
@@ -175,14 +222,9 @@ class _Emitter:
                 x if t[0] == whole else f"tl.broadcast_to({x}, {self._sides((whole, *t[1:]))})"
                 for x, t in ((left, ta), (right, tb))
             )
-        raw = [self.block.nodes[j].op == "input" for j in (a, b)]
-        if raw[0]:
-            left = left.removesuffix(".to(tl.float32)")
-        if raw[1]:
-            right = right.removesuffix(".to(tl.float32)")
-        if raw[0] != raw[1]:  # the computed side takes the type of the one from memory
-            left, right = (left, f"({right}).to(t{a}.dtype)") if raw[0] else (f"({left}).to(t{b}.dtype)", right)
-        return f'tl.dot({left}, {right}, input_precision="ieee")'
+        left, right = self._operand(a, left), self._operand(b, right)
+        into = f", acc=t{self.into[i]}" if i in self.into else ""
+        return f'tl.dot({left}, {right}{into}, input_precision="ieee")'
 
     def _reduce(self, i: int) -> None:
         node = self.block.nodes[i]
@@ -211,10 +253,16 @@ class _Emitter:
         self.emit(f"t{i} {'=' if node.op == 'sum' else '+='} {total}")
 
     def _places(
-        self, whole: Shape, tile: Shape, maps: Sequence[int], parts: Sequence[int], names: Sequence[str]
+        self,
+        whole: Shape,
+        tile: Shape,
+        maps: Sequence[int],
+        parts: Sequence[int],
+        names: Sequence[str],
+        layout: Sequence[int] | None = None,
     ) -> Any:
-        """The offset of the tile's start, and for each of its dimensions (index, size, stride)."""
-        steps, start = strides(whole), []
+        """The offset of the tile's start, and for each of its dimensions (index, size, stride). Without a `layout`, row-major."""
+        steps, start = layout or strides(whole), []
         for d, size in enumerate(whole):
             rest = size
             for target, count, name in zip(maps, parts, names, strict=True):
@@ -244,7 +292,7 @@ class _Emitter:
         node, block = self.block.nodes[i], self.block
         start, places = self._places(
             self.arguments[node["arg"]], node.shape, (*node["imap"], node["fmap"]), (*block.grid, block.loop),
-            ("g0", "g1", "g2", "it"),
+            ("g0", "g1", "g2", "it"), self.layouts[node["arg"]] if self.layouts else None,
         )  # fmt: skip
         at, mask = self._pointer(f"in{node['arg']}", start, places)
         self.emit(f"t{i} = tl.load({at}" + (f", mask={self._whole(mask, i)}, other=0.0)" if mask else ")"))
@@ -264,9 +312,31 @@ class _Emitter:
         )
 
 
-def block_source(block: BlockGraph, arguments: Sequence[Shape], name: str = "wager_kernel") -> str:
-    """The module text of one kernel. Raises UsageError for an operator or a tile without a Triton form."""
-    return _Emitter(block, list(arguments), name).source()
+def block_source(
+    block: BlockGraph,
+    arguments: Sequence[Shape],
+    name: str = "wager_kernel",
+    layouts: Sequence[Sequence[int]] | None = None,
+    kinds: Sequence[torch.dtype] | None = None,
+) -> str:
+    """The module text of one kernel, for arguments with these strides (row-major unless said) and types (float32 unless said).
+
+    Raises UsageError for an operator or a tile without a Triton form.
+    """
+    strides_of = [tuple(row) for row in layouts] if layouts is not None else None
+    return _Emitter(block, list(arguments), name, strides_of, list(kinds) if kinds is not None else None).source()
+
+
+def loaded_bytes(block: BlockGraph, item: int) -> int:
+    """Shared memory of one loop turn's tiles as they are padded, for entries of `item` bytes."""
+    return item * sum(math.prod(padded(s) for s in n.shape) for n in block.inputs if block.loop == 1 or n["fmap"] >= 0)
+
+
+def default_launch(block: BlockGraph, item: int = 4) -> Launch:
+    """A start that fits: as many stages (2 to 4) as shared memory holds, more warps for large tiles."""
+    largest = max(math.prod(padded(s) for s in n.shape) for n in block.nodes)
+    stages = max(1, min(4, block.loop, SHARED_BYTES // max(1, loaded_bytes(block, item))))
+    return Launch(4 if largest <= 8192 else 8, stages)
 
 
 def available() -> bool:
@@ -274,20 +344,42 @@ def available() -> bool:
 
 
 class TritonKernel:
-    """One compiled kernel node on contiguous tensors of one device; results have the first argument's type."""
+    """One compiled kernel node on tensors of one device, read where they lie."""
 
-    def __init__(self, node: Node, arguments: Sequence[Shape]):
-        """Raises UsageError when Triton is not installed."""
+    def __init__(self, node: Node, arguments: Sequence[Shape], launch: Launch | None = None):
+        """`launch`: without one, a start that fits. Raises UsageError when Triton is not installed or the kernel has no Triton form."""
+        if not available():
+            raise UsageError("Triton is not installed; pip install triton, or use the C++ form")
         assert node.block is not None
-        self.block, self.arguments = node.block, list(arguments)
+        self.block, self.arguments, self.launch = node.block, list(arguments), launch
         self.text = block_source(self.block, self.arguments)
-        self.function = load_source(self.text).wager_kernel
         self.output_shapes = [self.block.output_shape(n) for n in self.block.outputs]
+        self._forms: dict[Any, Any] = {}
 
-    def __call__(self, *args: Tensor) -> list[Tensor]:
-        kept = [a.contiguous() for a in args]
-        out = [torch.empty(s, dtype=kept[0].dtype, device=kept[0].device) for s in self.output_shapes]
-        self.function[self.block.grid](*kept, *out, num_warps=max(1, self.block.threads // 32))
+    def form(self, args: Sequence[Tensor]) -> Any:
+        """The Triton function for arguments with these strides and types."""
+        layouts, kinds = tuple(a.stride() for a in args), tuple(a.dtype for a in args)
+        if (layouts, kinds) not in self._forms:
+            self.text = block_source(self.block, self.arguments, "wager_kernel", layouts, kinds)
+            self._forms[layouts, kinds] = load_source(self.text).wager_kernel
+        return self._forms[layouts, kinds]
+
+    def options(self, args: Sequence[Tensor]) -> dict[str, int]:
+        launch = self.launch or default_launch(self.block, min(a.dtype.itemsize for a in args))
+        return {"num_warps": launch.warps, "num_stages": launch.stages}
+
+    def prepare(self, args: Sequence[Tensor], kinds: Sequence[torch.dtype]) -> Any:
+        """Compiles for such arguments and results (on a GPU) without running; what Triton made, or None under its interpreter."""
+        warm = getattr(self.form(args), "warmup", None)
+        if warm is None or os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return warm(*(a.dtype for a in args), *kinds, grid=self.block.grid, **self.options(args))
+
+    def __call__(self, *args: Tensor, kinds: Sequence[torch.dtype] | None = None) -> list[Tensor]:
+        """The results, of these types (the first argument's unless said)."""
+        kinds = kinds or [args[0].dtype] * len(self.output_shapes)
+        out = [torch.empty(s, dtype=k, device=args[0].device) for s, k in zip(self.output_shapes, kinds, strict=True)]
+        self.form(args)[self.block.grid](*args, *out, **self.options(args))
         return out
 
 
@@ -310,28 +402,78 @@ def load_source(text: str) -> Any:
     return module
 
 
-class TritonProgram:
-    """A program whose kernel nodes run as Triton and whose other operators run as torch."""
+def _shadow(x: Tensor) -> Tensor:
+    """A tensor of the same shape, strides and type without memory."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
-    def __init__(self, program: Program):
-        self.program = program
+
+class TritonProgram:
+    """A program whose kernel nodes run as Triton and whose other operators run as torch; call with the non-constant inputs in order."""
+
+    def __init__(
+        self,
+        program: Program,
+        constants: Mapping[str, Tensor] | None = None,
+        launches: Sequence[Launch] | None = None,
+    ):
+        """`launches`: one for each kernel, in order."""
+        self.program, self.constants = program, dict(constants or {})
+        at = [i for i, n in enumerate(program.nodes) if n.op == "kernel"]
+        chosen = list(launches) if launches is not None else [None] * len(at)
         self.kernels = {
-            i: TritonKernel(n, [program.nodes[j].shape for j in n.inputs])
-            for i, n in enumerate(program.nodes)
-            if n.op == "kernel"
+            i: TritonKernel(program.nodes[i], [program.nodes[j].shape for j in program.nodes[i].inputs], launch)
+            for i, launch in zip(at, chosen, strict=True)
         }
+        self.shapes = [program.nodes[i].shape for i in self._given()]
+        self.wide = {i: self._wide(i) for i in at}
+
+    def _given(self) -> list[int]:
+        return [i for i in self.program.input_positions if self.program.nodes[i]["name"] not in self.constants]
+
+    def _wide(self, kernel: int) -> list[bool]:
+        """For each result of a kernel, whether only kernels read it: it then stays float32."""
+        nodes, found = self.program.nodes, []
+        for index in range(len(self.kernels[kernel].output_shapes)):
+            results = {
+                i for i, n in enumerate(nodes) if n.op == "result" and n.inputs[0] == kernel and n["index"] == index
+            }
+            readers = [n.op for n in nodes if results & set(n.inputs)]
+            found.append(not results & set(self.program.outputs) and all(op == "kernel" for op in readers))
+        return found
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Raises UsageError for inputs of other shapes than the program's."""
+        return self._run(inputs, lambda kernel, args, kinds: kernel(*args, kinds=kinds))
+
+    def prepare(self, *inputs: Tensor) -> list[Any]:
+        """Compiles every kernel for such inputs without running any (meta tensors do); what Triton made of each."""
+        made: list[Any] = []
+
+        def compile_only(kernel: TritonKernel, args: Sequence[Tensor], kinds: Sequence[torch.dtype]) -> list[Tensor]:
+            made.append(kernel.prepare(args, kinds))
+            shapes = zip(kernel.output_shapes, kinds, strict=True)
+            return [torch.empty(s, dtype=k, device="meta") for s, k in shapes]
+
+        self._run([_shadow(x) for x in inputs], compile_only)
+        return made
+
+    def _run(self, inputs: Sequence[Tensor], launch: Any) -> list[Tensor]:
+        for x, shape in zip(inputs, self.shapes, strict=True):
+            if tuple(x.shape) != tuple(shape):
+                raise UsageError(f"an input has shape {tuple(x.shape)}, compiled for {shape}")
         values: list[Any] = []
-        given = iter(inputs)
+        given, device = iter(inputs), inputs[0].device
         for i, node in enumerate(self.program.nodes):
             args = [values[j] for j in node.inputs]
             if node.op == "input":
-                values.append(next(given))
+                name = node["name"]
+                known = self.constants.get(name)
+                values.append(next(given) if known is None else _shadow(known) if device.type == "meta" else known)
             elif node.op == "const":
-                values.append(torch.tensor(node["value"], device=inputs[0].device))
+                values.append(torch.full((), node["value"], device=device))
             elif node.op == "kernel":
-                values.append(self.kernels[i](*args))
+                kinds = [torch.float32 if wide else inputs[0].dtype for wide in self.wide[i]]
+                values.append(launch(self.kernels[i], args, kinds))
             elif node.op == "result":
                 values.append(args[0][node["index"]])
             else:

@@ -20,6 +20,8 @@ from wager.graph.program import Program
 UNIT = 2.0**-24
 FUNCTION_ULPS = 8.0
 """How many units in the last place an approximated function (exp, tanh, ...) may be off."""
+STORED = {"float32": (0.0, 0.0), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 0.0)}
+"""What storing a result in a type adds to float32's rounding: a part of the value, and half the step near zero."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,15 @@ class Rounded:
 
 
 class RunningError:
-    """Float64 values with first-order float32 error bounds."""
+    """Float64 values with first-order error bounds: arithmetic and sums in float32, every result stored in `dtype`."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: str = "float32") -> None:
+        """Raises KeyError for a type without a bound."""
         self.float = Float64()
+        self.part, self.least = STORED[dtype]
+
+    def _stored(self, x: Rounded) -> Rounded:
+        return Rounded(x.value, x.error + self.part * np.abs(x.value) + self.least) if self.part else x
 
     def constant(self, value: float) -> Rounded:
         x = np.asarray(float(value))
@@ -60,7 +67,7 @@ class RunningError:
         with np.errstate(all="ignore"):
             low, high = FLOAT_UNARY[op](x.value - x.error, **attrs), FLOAT_UNARY[op](x.value + x.error, **attrs)
             spread = 1.5 * np.fmax(np.abs(low - value), np.abs(high - value))
-        return Rounded(value, spread + FUNCTION_ULPS * UNIT * np.abs(value))
+        return self._stored(Rounded(value, spread + FUNCTION_ULPS * UNIT * np.abs(value)))
 
     def binary(self, op: str, a: Rounded, b: Rounded) -> Rounded:
         value = self.float.binary(op, a.value, b.value)
@@ -73,7 +80,7 @@ class RunningError:
             error = (a.error + np.abs(value) * b.error) / floor
         else:
             raise NotInDomain(f"{op} has no running error")
-        return Rounded(value, error + UNIT * np.abs(value))
+        return self._stored(Rounded(value, error + UNIT * np.abs(value)))
 
     def matmul(self, a: Rounded, b: Rounded) -> Rounded:
         size_a, size_b = np.abs(a.value), np.abs(b.value)
@@ -81,14 +88,13 @@ class RunningError:
         error = (
             np.matmul(size_a, b.error) + np.matmul(a.error, size_b + b.error) + gamma(count) * np.matmul(size_a, size_b)
         )
-        return Rounded(np.matmul(a.value, b.value), error)
+        return self._stored(Rounded(np.matmul(a.value, b.value), error))
 
     def sum(self, x: Rounded, axes: tuple[int, ...]) -> Rounded:
         count = int(np.prod([x.shape[a] for a in axes]))
         size = np.abs(x.value).sum(axis=axes, keepdims=True)
-        return Rounded(
-            x.value.sum(axis=axes, keepdims=True), x.error.sum(axis=axes, keepdims=True) + gamma(count) * size
-        )
+        total = x.value.sum(axis=axes, keepdims=True)
+        return self._stored(Rounded(total, x.error.sum(axis=axes, keepdims=True) + gamma(count) * size))
 
     def max(self, x: Rounded, axes: tuple[int, ...]) -> Rounded:
         return Rounded(x.value.max(axis=axes, keepdims=True), x.error.max(axis=axes, keepdims=True))
@@ -112,13 +118,29 @@ class FloatVerdict:
 
 
 def compare(
-    program: Program, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], slack: float = 2.0
+    program: Program,
+    inputs: Sequence[np.ndarray],
+    outputs: Sequence[np.ndarray],
+    slack: float = 2.0,
+    dtype: str = "float32",
 ) -> FloatVerdict:
-    """Whether float32 `outputs` lie within `slack` running error bounds of the program's float64 result for these inputs."""
-    domain = RunningError()
-    expected = run(program, [domain.lift(np.asarray(x, dtype=np.float64)) for x in inputs], domain)
+    """Whether `outputs` lie within `slack` running error bounds of the program's float64 result for these inputs.
+
+    `dtype`: what values are stored in (float32, float16 or bfloat16); sums are held in float32 in any case.
+    """
+    return judge(expected(program, inputs, dtype), outputs, slack)
+
+
+def expected(program: Program, inputs: Sequence[np.ndarray], dtype: str = "float32") -> list[Rounded]:
+    """The program's float64 results for these inputs (exact in `dtype`), with their error bounds."""
+    domain = RunningError(dtype)
+    return run(program, [domain.lift(np.asarray(x, dtype=np.float64)) for x in inputs], domain)
+
+
+def judge(wanted: Sequence[Rounded], outputs: Sequence[np.ndarray], slack: float = 2.0) -> FloatVerdict:
+    """Whether `outputs` lie within `slack` error bounds of what is `wanted`."""
     worst = difference = 0.0
-    for want, got in zip(expected, outputs, strict=True):
+    for want, got in zip(wanted, outputs, strict=True):
         if not np.all(np.isfinite(got)) or got.shape != want.shape:
             return FloatVerdict(False, np.inf, np.inf)
         gap = np.abs(np.asarray(got, dtype=np.float64) - want.value)
