@@ -61,29 +61,35 @@ class Bench:
     # -- numerics ----------------------------------------------------------------------------------------------------------------
 
     def numerics(self) -> None:
-        results: dict[str, Any] = {}
-        for dtype in (torch.bfloat16, torch.float32):
-            for name, check in self.checks(dtype).items():
-                label = f"{name} {str(dtype).removeprefix('torch.')}"
-                try:
-                    error = max(relative(got, want) for got, want in zip(*check(), strict=True))
-                    good = error < (2e-2 if "a8" in name else TOLERANCE[dtype])
-                    results[label] = error if math.isfinite(error) else str(error)
-                except Exception as problem:
-                    good = False
-                    results[label] = f"{type(problem).__name__}: {str(problem)[:300]}"
-                if not good:
-                    print(f"FAIL {label}: {results[label]}", flush=True)
-        bad = [k for k, v in results.items() if not isinstance(v, float) or v >= TOLERANCE[torch.bfloat16]]
-        self.report.facts["numerics"] = results
-        print(f"numerics: {len(results)} checks, failed by more than bfloat16's bound: {bad}", flush=True)
+        """All checks once in threads, for compiling is most of the time; what fails there is judged by a second run on its own."""
+        checks = {
+            f"{name} {str(dtype).removeprefix('torch.')}": (check, 2e-2 if "a8" in name else TOLERANCE[dtype])
+            for dtype in (torch.bfloat16, torch.float32)
+            for name, check in self.checks(dtype).items()
+        }
+        error_of(checks["embedding bfloat16"][0])  # makes the driver ready before threads ask for it
+        with ThreadPoolExecutor(12) as pool:
+            results = dict(zip(checks, pool.map(error_of, [check for check, _ in checks.values()]), strict=True))
+        torch.cuda.synchronize()
+        for label, (check, bound) in checks.items():
+            if not below(results[label], bound):
+                say(f"again: {label} was {results[label]}")
+                results[label] = error_of(check)
+                if not below(results[label], bound):
+                    print(f"FAIL {label}: {results[label]} (bound {bound})", flush=True)
+        bad = [label for label, (_, bound) in checks.items() if not below(results[label], bound)]
+        self.report.facts["numerics"] = {"checks": len(checks), "failed": bad, "relative errors": results}
+        print(f"numerics: {len(checks)} checks, {len(bad)} failed", flush=True)
 
     def checks(self, dtype: torch.dtype) -> dict[str, Callable[[], tuple[list[Tensor], list[Tensor]]]]:
         made: dict[str, Callable[[], tuple[list[Tensor], list[Tensor]]]] = {}
         for mode in (None, "int8", "int4", "nf4", "w8a8", "w4a8"):
             for outputs, inputs in ((1024, 4096), (512, 14336), (300, 1000)):
                 for tokens in (1, 8, 100):
-                    for kind in ("plain", "bias", "add", "gated", "normed"):
+                    kinds = (
+                        ("plain", "bias", "add", "gated", "normed") if tokens == 1 and inputs != 14336 else ("plain",)
+                    )
+                    for kind in ("plain",) if mode in ("w8a8", "w4a8") else kinds:
                         name = f"linear {mode} {outputs}x{inputs} T={tokens} {kind}"
                         made[name] = partial(self.linear_check, dtype, mode, outputs, inputs, tokens, kind)
         for rows, width in ((1, 4096), (64, 4096), (5, 1000)):
@@ -192,7 +198,8 @@ class Bench:
         order = reference.sort_by_key(keys)
         starts = reference.segment_starts(keys[order], 9)
         both = (triton_forms, reference)
-        return tuple([f.sort_by_key(keys).float(), f.segment_reduce(values, starts, "mean", order)] for f in both)
+        made = [[f.sort_by_key(keys).float(), f.segment_reduce(values, starts, "mean", order)] for f in both]
+        return made[0], made[1]
 
     # -- linear ------------------------------------------------------------------------------------------------------------------
 
@@ -346,6 +353,20 @@ class Bench:
 def gated_torch(x: Tensor, weight: Tensor) -> Tensor:
     gate, up = F.linear(x, weight).chunk(2, -1)
     return F.silu(gate) * up
+
+
+def error_of(check: Callable[[], tuple[list[Tensor], list[Tensor]]]) -> float | str:
+    """The largest relative error, or what went wrong."""
+    try:
+        with torch.inference_mode():
+            error = max(relative(got, want) for got, want in zip(*check(), strict=True))
+        return error if math.isfinite(error) else str(error)
+    except Exception as problem:
+        return f"{type(problem).__name__}: {str(problem)[:300]}"
+
+
+def below(error: float | str, bound: float) -> bool:
+    return isinstance(error, float) and error < bound
 
 
 def relative(got: Tensor, want: Tensor) -> float:
