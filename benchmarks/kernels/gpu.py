@@ -50,12 +50,9 @@ class Bench:
             workload, contenders, repeats=self.repeats, warmup=1, unit=unit, higher_is_better=up, progress=None
         )
         self.report.rows += rows
-        for row in rows:
-            print(
-                f"{workload:24} {row.baseline} {row.baseline_value:.4g} | {row.ours} {row.ours_value:.4g} {unit} | "
-                f"{row.ratio:.3f} ({row.ratio_low:.3f} to {row.ratio_high:.3f}) noise {row.aa_noise:.1%}",
-                flush=True,
-            )
+        each = "; ".join(f"{row.ours} {row.ours_value:.4g} {row.ratio:.3f}x" for row in rows)
+        base = f"{rows[0].baseline} {rows[0].baseline_value:.4g} {unit}"
+        print(f"{workload}: {base}; {each}; noise {rows[0].aa_noise:.1%}", flush=True)
         return rows
 
     # -- numerics ----------------------------------------------------------------------------------------------------------------
@@ -400,7 +397,7 @@ def paged(
 def vector_candidates(bits: int) -> list[Any]:
     from wager.kernels.triton_tiles import Tile
 
-    low, high = {16: (8, 64), 8: (16, 128), 4: (32, 256)}[bits]
+    low, high = {16: (16, 64), 8: (32, 128), 4: (64, 256)}[bits]
     stages = (1, 3) if bits == 16 else (1,)
     return [
         Tile(o, i, w, s)
@@ -408,7 +405,7 @@ def vector_candidates(bits: int) -> list[Any]:
         for i in (512, 1024, 2048)
         for w in (2, 4, 8)
         for s in stages
-        if low <= o * i // (32 * w) <= high and (s == 1 or w == 4)
+        if low <= o * i // (32 * w) <= high and (s == 1 or (w == 4 and o in (2, 4, 8)))
     ]
 
 
