@@ -145,6 +145,24 @@ CPU_OPERATORS = {
 }
 
 
+def check_gpu_kernels() -> Finding:
+    """The form that serves CUDA tensors, and why."""
+    import torch
+
+    from wager.errors import UsageError
+    from wager.kernels.registry import gpu_choice
+
+    if not torch.cuda.is_available():
+        return Finding("kernels on the GPU", "not needed: no GPU that torch can use")
+    try:
+        chosen = gpu_choice()
+    except UsageError as error:
+        return Finding("kernels on the GPU", "Triton is forced but absent", str(error))
+    slow = chosen.form == "reference" and "forced" not in chosen.reason
+    what = "; decode steps run as CUDA graphs" if chosen.form == "triton" else ""
+    return Finding("kernels on the GPU", f"{chosen.form} ({chosen.reason}){what}", "pip install triton" if slow else "")
+
+
 def check_kernels() -> list[Finding]:
     """For every group of operators the form that serves CPU tensors, and why; the way of its dot products for linears."""
     from wager.errors import BuildError
@@ -185,7 +203,8 @@ def dot_products() -> str:
 
 
 CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
-    check_wager, check_python, check_torch, check_gpu, check_processor, check_memory, check_compiler, check_kernels, check_cache,
+    check_wager, check_python, check_torch, check_gpu, check_processor, check_memory, check_compiler, check_kernels,
+    check_gpu_kernels, check_cache,
     check_grammars, check_plots, check_browser,
 )  # fmt: skip
 

@@ -86,6 +86,99 @@ def test_linears(mode, rows, inputs, outputs):
 
 @present
 @inside
+@pytest.mark.parametrize("mode", [None, "int8", "int4", "nf4", "w8a8", "w4a8", "w16a16"])
+@pytest.mark.parametrize("inputs,outputs", [(64, 64), (96, 36), (130, 70), (2048, 6)])
+def test_one_token_takes_norm_gate_and_residual_along(mode, inputs, outputs):
+    from wager.kernels import reference, triton_forms
+    from wager.kernels.fused import Norm
+    from wager.kernels.registry import ReferenceLinear
+
+    x, weight, bias, norm = randn(0, 1, inputs), randn(1, outputs, inputs) * 0.2, randn(2, outputs), randn(3, inputs)
+    close = dict(atol=5e-4, rtol=2e-4)
+    for b in (None, bias):
+        linear, plain = triton_forms.TritonLinear(weight, b, mode), ReferenceLinear(weight, b, mode)
+        normed = reference.rms_norm(x, norm, 1e-5, 1.0)
+        torch.testing.assert_close(linear(x), plain(x), **close)
+        torch.testing.assert_close(linear.add(x, randn(4, 1, outputs)), plain.add(x, randn(4, 1, outputs)), **close)
+        torch.testing.assert_close(linear.normed(x, Norm(norm, 1e-5, 1.0)), plain(normed), **close)
+        for activation in ("silu", "gelu_tanh"):
+            torch.testing.assert_close(linear.gated(x, activation), plain.gated(x, activation), **close)
+            got = linear.normed(x, Norm(norm, 1e-5, 1.0), activation)
+            torch.testing.assert_close(got, plain.gated(normed, activation), **close)
+            many = torch.cat((x, 2 * x))
+            got = linear.normed(many, Norm(norm, 1e-5, 1.0), activation)
+            torch.testing.assert_close(got[:1], plain.gated(normed, activation), **close)
+
+
+@present
+@inside
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+@pytest.mark.parametrize("tile", [(1, 64, 1), (4, 128, 3), (16, 256, 1)])
+def test_every_cut_gives_the_same_product(mode, tile):
+    from wager.kernels import triton_forms
+    from wager.kernels.registry import ReferenceLinear
+    from wager.kernels.triton_tiles import Tile
+
+    outputs, inputs, stages = tile
+    x, weight = randn(0, 5, 200), randn(1, 37, 200) * 0.2
+    linear, want = triton_forms.TritonLinear(weight, None, mode), ReferenceLinear(weight, None, mode)(x)
+    got = linear._one(x[:1], tile=Tile(outputs, inputs, 4, stages))
+    torch.testing.assert_close(got, want[:1], atol=2e-4, rtol=2e-4)
+    got = linear._many(x, Tile(max(16, outputs), inputs, 4, stages))
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
+
+
+@present
+@inside
+def test_a_block_of_one_token():
+    """The fused block against its operators one by one, twice in a row: the stream it returns has everything added."""
+    from wager.kernels import reference, triton_forms
+    from wager.kernels.fused import Norm
+
+    weights = [randn(i, *shape) * 0.2 for i, shape in enumerate(((48, 32), (32, 32), (64, 32), (32, 32)))]
+    norms = [Norm(randn(9 + i, 32), 1e-5) for i in range(2)]
+    qkv, output, gate_up, down = (triton_forms.TritonLinear(w, None) for w in weights)
+    block = triton_forms.one_token_block(norms[0], qkv, output, norms[1], gate_up, down, "silu")
+    assert triton_forms.one_token_block(norms[0], qkv, None, norms[1], gate_up, down, "silu") is None
+    stream = want = randn(20, 1, 32)
+    for _ in range(2):
+        normed = reference.rms_norm(want, norms[0].weight_D, 1e-5)
+        torch.testing.assert_close(block.inputs(stream), normed @ weights[0].T, atol=1e-4, rtol=1e-4)
+        attended = (normed @ weights[0].T)[:, :32]
+        stream = block.outputs(attended, stream)
+        want = want + attended @ weights[1].T
+        inner = reference.silu_mul(reference.rms_norm(want, norms[1].weight_D, 1e-5) @ weights[2].T)
+        want = want + inner @ weights[3].T
+        torch.testing.assert_close(stream, want, atol=1e-4, rtol=1e-4)
+
+
+@present
+@inside
+def test_llama_over_one_token_is_llama_over_several():
+    """A whole model whose linears are packed for Triton: its fused block against the plain one."""
+    from wager.kernels import triton_forms
+    from wager.kernels.fused import Norm
+    from wager.models.attend import causal_attention
+    from wager.models.loader import build_model
+
+    raw = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+               num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    model, token = build_model(raw, std=0.2).to(DEVICE), torch.tensor([7], device=DEVICE)
+    attend = causal_attention(model)
+    with torch.inference_mode():
+        want = model(token, torch.zeros_like(token), attend)
+        for block in model.layers:
+            a, mlp = block.attention, block.mlp
+            linears = [triton_forms.TritonLinear(m.weight, None) for m in (a.qkv, a.output, mlp.gate_up, mlp.down)]
+            norms = [Norm(m.weight, m.eps, m.offset) for m in (block.input_norm, block.post_norm)]
+            whole = triton_forms.one_token_block(norms[0], *linears[:2], norms[1], *linears[2:], "silu")
+            block.of_one_token = lambda x_TD, whole=whole: whole
+        got = model(token, torch.zeros_like(token), attend)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@present
+@inside
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("tree", [False, True])
 @pytest.mark.parametrize("sinks", [False, True])
@@ -115,10 +208,27 @@ def test_long_contexts_are_cut_and_combined(monkeypatch):
         spans=[(200, 1), (60, 9), (0, 3)], heads=4, kv_heads=2, key_dim=16, value_dim=16, block_size=16, softcap=None,
         dtype=torch.float32, latent=False, tree=False, seed=3,
     )  # fmt: skip
+    cuts = []
+    cut = triton_attention.cut
+    monkeypatch.setattr(triton_attention, "cut", lambda *a: cuts.append(cut(*a)) or cuts[-1])
     for window in (None, 70):
         arguments = [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in build({**case, "window": window})]
         got, want = (form.paged_attention(*arguments, randn(1, 4)) for form in (triton_attention, reference))
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    assert all(pieces > 1 and pieces * keys >= 208 for pieces, keys in cuts)
+
+
+@present
+@inside
+def test_keys_are_cut_to_fill_the_device_and_no_further():
+    from wager.kernels.triton_attention import KEYS, PIECE, PROGRAMS, cut
+
+    cpu = torch.device("cpu")
+    assert cut(8, 200, cpu)[0] == 1 and cut(512, 8192, cpu)[0] == 1
+    for rows, most in ((8, 8192), (8, 131072), (3, 5000), (100, 3000)):
+        pieces, keys = cut(rows, most, cpu)
+        assert keys % KEYS == 0 and (pieces - 1) * keys < most <= pieces * keys
+        assert pieces <= -(-most // PIECE) and rows * (pieces - 1) < PROGRAMS * 132
 
 
 @present

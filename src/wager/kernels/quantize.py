@@ -59,6 +59,7 @@ NF4 = (
 FOUR_BITS = ("int4", "nf4", "w4a8", "q4", "q4a8", "q4z", "q4za8")
 INT4 = tuple(float(i) for i in range(-8, 8))
 SCALE_TRIALS = (1.08, 1.0, 0.93, 0.86, 0.79)  # clipping the largest weight a little often lowers the error of the rest
+VALUES_AT_ONCE_ON_GPU = 1 << 26  # enough for few launches, some gigabytes in all
 VALUES_AT_ONCE = 1 << 18  # few enough for the trials of a scale to stay in the cache
 
 
@@ -131,8 +132,10 @@ class QuantizedWeight:
             return self.codes_ON[:, : self.inputs].float()
         if self.scales.dim() == 1:
             return (self.codes_ON.float() * self.scales[:, None])[:, : self.inputs]
-        table = None if self.table is None else torch.tensor(self.table, device=self.codes_ON.device)
-        values = self.codes_ON.float() if table is None else table[self.codes_ON.int()]
+        if self.mode == "nf4":
+            values = torch.tensor(NF4, device=self.codes_ON.device)[self.codes_ON.int()]
+        else:  # by arithmetic: a table would be copied to the device, which no CUDA graph can hold
+            values = self.codes_ON.float() - (8 if self.mode in FOUR_BITS else 0)
         values = values.unflatten(1, (self.scales.shape[1], -1))
         if self.zeros is not None:
             values = values - self.zeros[:, :, None]
@@ -152,9 +155,8 @@ def step_of(mode: str) -> int:
 def quantize(weight_OI: Tensor, mode: str) -> QuantizedWeight:
     """Choose codes for a weight, some rows at a time. Raises UsageError for an unknown mode or a weight that is not finite."""
     check_mode(mode)
-    parts = [
-        _quantize_rows(rows.float(), mode) for rows in weight_OI.split(max(1, VALUES_AT_ONCE // weight_OI.shape[1]))
-    ]
+    at_once = VALUES_AT_ONCE if weight_OI.device.type == "cpu" else VALUES_AT_ONCE_ON_GPU
+    parts = [_quantize_rows(rows.float(), mode) for rows in weight_OI.split(max(1, at_once // weight_OI.shape[1]))]
     codes = torch.cat([codes for codes, _ in parts])
     scales = None if mode == "w16a16" else torch.cat([s for _, s in parts if s is not None])
     return QuantizedWeight(mode, codes, scales, weight_OI.shape[1])

@@ -1,7 +1,7 @@
-"""Chooses between an operator's forms: native C++ for float32 activations on a CPU, the torch reference for everything else.
+"""Chooses between an operator's forms: native C++ for float32 activations on a CPU, Triton on a GPU, the torch reference for the rest.
 
-WAGER_KERNELS=reference|native forces a form; triton adds the Triton forms for tensors on a GPU, which are judged under Triton's interpreter
-but have no recorded GPU run yet and so must be asked for. When native code cannot be built, one warning says why and the reference serves.
+WAGER_KERNELS=reference forces the reference everywhere, native and triton insist on the form of that name. When native code cannot be
+built, or Triton is absent on a machine with a GPU, one warning says why and the reference serves.
 
 Shape legend: T tokens, D width, I/O linear input/output, H query heads, G key/value heads, K key width, V value width, S pool slots,
 R rotated pairs (spans in `paged_attention`), B blocks of a table row, P mask words.
@@ -29,12 +29,16 @@ from wager.native import build
 
 __all__ = [
     "BlockInput", "BlockOutput", "Choice", "Norm", "apply_rope", "block_input", "block_output", "choice", "embedding", "gelu_tanh_mul",
-    "group_by_key", "has_fast_form", "layer_norm", "layer_norm_residual", "likely_weights", "pack_experts", "pack_linear", "paged_attention", "penalise",
+    "gpu_choice", "group_by_key", "has_fast_form", "layer_norm", "layer_norm_residual", "likely_weights", "one_token_block", "pack_experts",
+    "pack_linear", "paged_attention", "penalise",
     "race", "reduce_by_key", "rms_norm", "rms_norm_residual", "rope_write", "sample", "segment_reduce", "silu_mul", "sort_by_key",
     "usual_mode", "write_kv",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
+
+WHOLE_ROW = ("likely_weights", "sample", "race")  # Triton forms that hold a row of logits in one program,
+WIDEST_ROW = 32768  # up to this many of them
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,30 @@ def choice() -> Choice:
 
 
 @cache
-def gpu_forms() -> Any:
-    """The Triton forms where WAGER_KERNELS=triton asks for them, else None. Raises UsageError when Triton is not installed."""
-    if os.environ.get("WAGER_KERNELS") != "triton":
-        return None
+def gpu_choice() -> Choice:
+    """The form that serves CUDA tensors, and why. Raises UsageError when Triton is forced but cannot be imported."""
+    forced = os.environ.get("WAGER_KERNELS")
+    if forced == "reference":
+        return Choice("reference", "forced by WAGER_KERNELS")
+    if forced != "triton" and not torch.cuda.is_available():
+        return Choice("reference", "torch sees no CUDA device")
     try:
-        return importlib.import_module("wager.kernels.triton_forms")
+        triton = importlib.import_module("triton")
     except ImportError as error:
-        raise UsageError(
-            f"WAGER_KERNELS=triton, but Triton cannot be imported ({error}); install it or unset WAGER_KERNELS"
-        ) from None
+        if forced == "triton":
+            raise UsageError(
+                f"WAGER_KERNELS=triton, but Triton cannot be imported ({error}); install it or unset WAGER_KERNELS"
+            ) from None
+        log.warning("Triton cannot be imported, the much slower torch reference serves on the GPU: %s", error)
+        return Choice("reference", f"Triton cannot be imported: {error}")
+    how = "forced by WAGER_KERNELS" if forced == "triton" else "compiled on first use"
+    return Choice("triton", f"{how} by Triton {triton.__version__}")
+
+
+@cache
+def gpu_forms() -> Any:
+    """The module of Triton forms where they serve CUDA tensors, else None."""
+    return importlib.import_module("wager.kernels.triton_forms") if gpu_choice().form == "triton" else None
 
 
 def _use_native(*tensors: Tensor) -> bool:
@@ -158,6 +176,8 @@ def _form(
     if x.device.type == "cpu":
         known = all(t.dtype in dtypes and not t.requires_grad for t in others)
         return getattr(native if known and _use_native(x) else reference, name)
+    if name in WHOLE_ROW and x.shape[-1] > WIDEST_ROW:
+        return getattr(reference, name)
     forms = gpu_forms() if x.device.type == "cuda" and not any(t.requires_grad for t in (x, *others)) else None
     return getattr(forms or reference, name)
 
@@ -186,8 +206,12 @@ def write_kv(new_TGK: Tensor, pool_SGK: Tensor, slots_T: Tensor) -> None:
     _form("write_kv", new_TGK, pool_SGK, dtypes=native.POOL_SUFFIX)(new_TGK, pool_SGK, slots_T)
 
 
-def paged_attention(q_THK: Tensor, k_pool_SGK: Tensor, v_pool_SGV: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def paged_attention(
+    q_THK: Tensor, k_pool_SGK: Tensor, v_pool_SGV: Tensor, *args: Any, spans_T: Tensor | None = None, **kwargs: Any
+) -> Tensor:
     form = _form("paged_attention", q_THK, k_pool_SGK, dtypes=native.POOL_SUFFIX)
+    if spans_T is not None and q_THK.device.type == "cuda" and form is not reference.paged_attention:
+        kwargs["spans_T"] = spans_T
     return form(q_THK, k_pool_SGK, v_pool_SGV, *args, **kwargs)
 
 
@@ -235,10 +259,21 @@ def reduce_by_key(values_ND: Tensor, keys_N: Tensor, num_keys: int, mode: str = 
 
 def pack_experts(networks: Sequence[tuple[Any, Any]], activation: str) -> Any:
     """`experts(x_TD, weights_TC, chosen_TC, start_TD)` over packed (gate and up, down) linears; None where they must run one by one."""
-    if choice().form == "native" and (made := native.pack_experts(networks, activation)) is not None:
-        return made
-    forms = gpu_forms()
+    on_cpu = bool(networks) and networks[0][0].weight.device.type == "cpu"
+    if on_cpu and choice().form == "native":
+        return native.pack_experts(networks, activation)
+    forms = gpu_forms() if networks and networks[0][0].weight.device.type == "cuda" else None
     return None if forms is None else forms.pack_experts(networks, activation)
+
+
+def one_token_block(
+    first_norm: Norm, qkv: Any, output: Any, second_norm: Norm, gate_up: Any, down: Any, activation: str
+) -> Any:
+    """`inputs(x_1D)` and `outputs(attended, stream)` of a block over one token on a GPU, its products fused with what stands beside them;
+    None where they run one by one."""
+    if getattr(qkv, "weight", torch.empty(0)).device.type != "cuda" or (forms := gpu_forms()) is None:
+        return None
+    return forms.one_token_block(first_norm, qkv, output, second_norm, gate_up, down, activation)
 
 
 def _of_device(name: str, x: Tensor, known: bool) -> Callable[..., Any]:

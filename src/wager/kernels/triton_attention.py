@@ -1,7 +1,8 @@
 """The Triton form of paged ragged attention: prompt chunks, decode tokens and token trees in one kernel, long contexts in pieces.
 
-A program holds one query token, the heads that share a key/value head, and one piece of the keys; a second kernel combines the pieces in
-order. Rows loop up to their own last visible key, so a tree's rows may see cached rows of earlier levels beyond the span's length.
+A program holds one query token, the heads that share a key/value head, and one piece of the keys. Keys are cut only as far as it takes to
+fill the device; one piece writes its result itself, several are combined in order by a second kernel. Rows loop up to their own last visible
+key, so a tree's rows may see cached rows of earlier levels beyond the span's length.
 
 Shape legend: T tokens, H query heads, G key/value heads, K key width, V value width, S pool slots, R spans, B blocks of a table row, P words.
 """
@@ -14,28 +15,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wager.kernels.triton_basics import inner_dense, write_kv
 from wager.kernels.triton_basics import power as _power
-from wager.kernels.triton_basics import write_kv
+from wager.kernels.triton_tiles import multiprocessors
 
-KEYS, PIECE = 32, 1024  # keys of a block and of a piece
+KEYS, PIECE = 64, 256  # keys of a block, and of the smallest piece worth a program of its own
+PROGRAMS = 2  # wanted on each multiprocessor
 
 
 @triton.jit
 def _attention(
-    q, k_pool, v_pool, tables, starts, contexts, positions, spans, mask, tops, totals, out,
-    q_token, k_slot, k_head, v_slot, v_head, heads, table_width, words, block_size, window, scale, softcap,
-    GROUP_HEADS: tl.constexpr, ROWS: tl.constexpr, KEY_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_DIM: tl.constexpr,
+    q, k_pool, v_pool, tables, starts, contexts, positions, spans, mask, sinks, tops, totals, out,
+    q_token, q_head, k_slot, k_head, v_slot, v_head, heads, table_width, words, window, scale, softcap, piece_keys, pieces,
+    BLOCK_SIZE: tl.constexpr, GROUP_HEADS: tl.constexpr, ROWS: tl.constexpr, KEY_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, KEYS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    BITS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    HAS_SINKS: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    token, kv_head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    token, kv_head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     span = tl.load(spans + token)
     first, last, context = tl.load(starts + span), tl.load(starts + span + 1), tl.load(contexts + span)
     own_row, position = token - first, tl.load(positions + token)
     row, kd, vd = tl.arange(0, ROWS), tl.arange(0, KEY_BLOCK), tl.arange(0, VALUE_BLOCK)
     head = kv_head * GROUP_HEADS + row
     query = tl.load(
-        q + token * q_token + head[:, None] * KEY_DIM + kd[None, :],
+        q + token * q_token + head[:, None] * q_head + kd[None, :],
         mask=(row[:, None] < GROUP_HEADS) & (kd[None, :] < KEY_DIM),
         other=0.0,
     )
@@ -48,10 +51,10 @@ def _attention(
         for number in range(0, words):
             word = tl.load(mask + token * words + number)
             own_keys = tl.maximum(own_keys, tl.max(tl.where((word >> bit) & 1 == 1, number * BITS + bit + 1, 0)))
-    begin = piece * PIECE
+    begin = piece * piece_keys
     if HAS_WINDOW:
         begin = tl.maximum(begin, tl.maximum(0, tl.minimum(position - window + 1, context)) // KEYS * KEYS)
-    end = tl.minimum(context + own_keys, (piece + 1) * PIECE)
+    end = tl.minimum(context + own_keys, (piece + 1) * piece_keys)
     for start in range(begin, end, KEYS):
         j = start + tl.arange(0, KEYS)
         live, own = j < end, j - context
@@ -64,14 +67,14 @@ def _attention(
             row_of_key = tl.minimum(tl.maximum(own, 0), last - first - 1)
             at = tl.load(positions + first + row_of_key, mask=live & (own >= 0), other=0)
             seen = seen & (tl.where(own < 0, j, at) > position - window)
-        block = tl.load(tables + span * table_width + j // block_size, mask=live, other=0)
-        slot = block.to(tl.int64) * block_size + j % block_size
+        block = tl.load(tables + span * table_width + j // BLOCK_SIZE, mask=live, other=0)
+        slot = block.to(tl.int64) * BLOCK_SIZE + j % BLOCK_SIZE
         keys = tl.load(
             k_pool + slot[:, None] * k_slot + kv_head * k_head + kd[None, :],
             mask=live[:, None] & (kd[None, :] < KEY_DIM),
             other=0.0,
         )
-        scores = tl.dot(query, tl.trans(keys).to(query.dtype), out_dtype=tl.float32) * scale
+        scores = tl.dot(query, tl.trans(keys).to(query.dtype), input_precision="ieee") * scale
         if HAS_CAP:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
         scores = tl.where(seen[None, :], scores, -1e30)
@@ -83,31 +86,37 @@ def _attention(
             mask=live[:, None] & (vd[None, :] < VALUE_DIM),
             other=0.0,
         )
-        acc = acc * shrink[:, None] + tl.dot(p.to(query.dtype), values.to(query.dtype), out_dtype=tl.float32)
+        acc = tl.dot(p.to(query.dtype), values.to(query.dtype), acc * shrink[:, None], input_precision="ieee")
         total, top = total * shrink + tl.sum(p, axis=1), highest
-    place = (token * heads + head) * PIECES + piece
     inside = row < GROUP_HEADS
-    tl.store(tops + place, top, mask=inside)
-    tl.store(totals + place, total, mask=inside)
-    tl.store(out + place[:, None] * VALUE_DIM + vd[None, :], acc, mask=inside[:, None] & (vd[None, :] < VALUE_DIM))
+    place = (token * heads + head) * pieces + piece
+    if WHOLE:
+        if HAS_SINKS:
+            total += tl.exp(tl.load(sinks + head, mask=inside, other=0.0) - top)
+        acc = acc / tl.maximum(total, 1e-30)[:, None]
+    else:
+        tl.store(tops + place, top, mask=inside)
+        tl.store(totals + place, total, mask=inside)
+    wanted = inside[:, None] & (vd[None, :] < VALUE_DIM)
+    tl.store(out + place[:, None] * VALUE_DIM + vd[None, :], acc.to(out.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
 def _combine(
-    partial, tops, totals, sinks, out, heads,
-    PIECES: tl.constexpr, PIECES_BLOCK: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, HAS_SINKS: tl.constexpr,
+    partial, tops, totals, sinks, out, heads, pieces,
+    PIECES_BLOCK: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     c, vd = tl.arange(0, PIECES_BLOCK), tl.arange(0, VALUE_BLOCK)
-    top = tl.load(tops + row * PIECES + c, mask=c < PIECES, other=-1e30)
+    top = tl.load(tops + row * pieces + c, mask=c < pieces, other=-1e30)
     highest = tl.max(top)
     factor = tl.exp(top - highest)
-    total = tl.sum(tl.load(totals + row * PIECES + c, mask=c < PIECES, other=0.0) * factor)
+    total = tl.sum(tl.load(totals + row * pieces + c, mask=c < pieces, other=0.0) * factor)
     if HAS_SINKS:
         total += tl.exp(tl.load(sinks + row % heads) - highest)
     values = tl.load(
-        partial + (row * PIECES + c[:, None]) * VALUE_DIM + vd[None, :],
-        mask=(c[:, None] < PIECES) & (vd[None, :] < VALUE_DIM),
+        partial + (row * pieces + c[:, None]) * VALUE_DIM + vd[None, :],
+        mask=(c[:, None] < pieces) & (vd[None, :] < VALUE_DIM),
         other=0.0,
     )
     acc = tl.sum(values * factor[:, None], axis=0) / tl.maximum(total, 1e-30)
@@ -129,35 +138,49 @@ def paged_attention(
     mask_TP: Tensor | None = None,
     sinks_H: Tensor | None = None,
     new: tuple[Tensor, Tensor | None, Tensor] | None = None,
+    spans_T: Tensor | None = None,
 ) -> Tensor:
+    """As the reference's. spans_T: the span of each token, where the caller knows it."""
     if new is not None:
         write_kv(new[0], k_pool_SGK, new[2])
         if new[1] is not None:
             write_kv(new[1], v_pool_SGV, new[2])
     T, H, K = q_THK.shape
     G, V = v_pool_SGV.shape[1:]
-    q, tables = q_THK.contiguous(), tables_RB.contiguous()
-    spans = torch.searchsorted(
-        span_starts[1:].contiguous(), torch.arange(T, device=q.device, dtype=span_starts.dtype), right=True
-    )
+    q, tables = inner_dense(q_THK), tables_RB.contiguous()
+    if spans_T is None:
+        spans_T = torch.searchsorted(
+            span_starts[1:].contiguous(), torch.arange(T, device=q.device, dtype=span_starts.dtype), right=True
+        )
     mask = positions_T if mask_TP is None else mask_TP.contiguous()
-    # By the tables' width alone, which is known without asking the device: the longest context a table can hold decides.
-    pieces = max(1, triton.cdiv(tables.shape[1] * block_size, PIECE))
-    partial, (tops, totals) = (
-        q.new_empty(T, H, pieces, V, dtype=torch.float32),
-        q.new_empty(2, T, H, pieces, dtype=torch.float32),
-    )
     out_THV = q.new_empty(T, H, V)
-    if T:
-        _attention[(T, G, pieces)](
-            q, k_pool_SGK, v_pool_SGV, tables, span_starts, contexts_R, positions_T, spans, mask, tops, totals, partial,
-            q.stride(0), k_pool_SGK.stride(0), k_pool_SGK.stride(1), v_pool_SGV.stride(0), v_pool_SGV.stride(1),
-            H, tables.shape[1], 0 if mask_TP is None else mask.shape[1], block_size, window or 0, scale, softcap or 1.0,
-            H // G, _power(H // G), K, _power(K), V, _power(V), KEYS,
-            mask_TP is not None, window is not None, softcap is not None, 64, PIECE, pieces,
-        )  # type: ignore  # fmt: skip
-        sinks = q if sinks_H is None else sinks_H.float().contiguous()
+    if not T:
+        return out_THV
+    pieces, piece_keys = cut(T * G, tables.shape[1] * block_size, q.device)
+    whole = pieces == 1
+    partial = out_THV if whole else q.new_empty(T, H, pieces, V, dtype=torch.float32)
+    tops, totals = (q, q) if whole else q.new_empty(2, T, H, pieces, dtype=torch.float32).unbind(0)
+    sinks = q if sinks_H is None else sinks_H.float().contiguous()
+    _attention[(T, G, pieces)](
+        q, k_pool_SGK, v_pool_SGV, tables, span_starts, contexts_R, positions_T, spans_T, mask, sinks, tops, totals, partial,
+        q.stride(0), q.stride(1), k_pool_SGK.stride(0), k_pool_SGK.stride(1), v_pool_SGV.stride(0), v_pool_SGV.stride(1),
+        H, tables.shape[1], 0 if mask_TP is None else mask.shape[1], window or 0, scale, softcap or 1.0, piece_keys, pieces,
+        block_size, H // G, _power(H // G), K, _power(K), V, _power(V), KEYS if K <= 128 else KEYS // 2,
+        mask_TP is not None, window is not None, softcap is not None, sinks_H is not None, 64, whole,
+        num_warps=4, num_stages=3 if K <= 128 else 2,
+    )  # type: ignore  # fmt: skip
+    if not whole:
         _combine[(T * H,)](
-            partial, tops, totals, sinks, out_THV, H, pieces, _power(pieces, 1), V, _power(V), sinks_H is not None
+            partial, tops, totals, sinks, out_THV, H, pieces, _power(pieces, 2), V, _power(V), sinks_H is not None
         )  # type: ignore
     return out_THV
+
+
+def cut(rows: int, most_keys: int, device: torch.device) -> tuple[int, int]:
+    """(pieces, keys of each) for `rows` pairs of token and key/value head over tables that hold `most_keys` keys.
+
+    By the tables' width, which is known without asking the device.
+    """
+    wanted = triton.cdiv(PROGRAMS * multiprocessors(device), rows)
+    pieces = max(1, min(wanted, triton.cdiv(most_keys, PIECE)))
+    return pieces, triton.cdiv(triton.cdiv(most_keys, pieces), KEYS) * KEYS

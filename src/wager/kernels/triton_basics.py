@@ -66,42 +66,59 @@ def _gated(gate_up, y, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rope(
-    x,
-    cos,
-    sin,
-    y,
-    slots,
-    token_stride,
-    head_stride,
-    heads,
-    pairs,
-    width,
-    INTERLEAVED: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    token, head = tl.program_id(0), tl.program_id(1)
-    at, place = tl.arange(0, BLOCK), token.to(tl.int64)
-    if HAS_SLOTS:
-        place = tl.load(slots + token)
-    turned = at < tl.where(place >= 0, pairs, 0)
-    rest = (at >= 2 * pairs) & (at < tl.where(place >= 0, width, 0))
+def _turn(source, target, cos, sin, pairs, width, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """One head: the first 2 * pairs widths turned by the angles, the rest as it is."""
+    at = tl.arange(0, BLOCK)
+    turned, rest = at < pairs, (at >= 2 * pairs) & (at < width)
     first = 2 * at if INTERLEAVED else at
     second = first + 1 if INTERLEAVED else at + pairs
-    source, target = x + token * token_stride + head * head_stride, y + (place * heads + head) * width
     a = tl.load(source + first, mask=turned, other=0.0).to(tl.float32)
     b = tl.load(source + second, mask=turned, other=0.0).to(tl.float32)
-    c = tl.load(cos + token * pairs + at, mask=turned, other=0.0)
-    s = tl.load(sin + token * pairs + at, mask=turned, other=0.0)
-    tl.store(target + first, (a * c - b * s).to(y.dtype.element_ty), mask=turned)
-    tl.store(target + second, (b * c + a * s).to(y.dtype.element_ty), mask=turned)
-    tl.store(target + at, tl.load(source + at, mask=rest, other=0.0).to(y.dtype.element_ty), mask=rest)
+    c = tl.load(cos + at, mask=turned, other=0.0)
+    s = tl.load(sin + at, mask=turned, other=0.0)
+    tl.store(target + first, (a * c - b * s).to(target.dtype.element_ty), mask=turned)
+    tl.store(target + second, (b * c + a * s).to(target.dtype.element_ty), mask=turned)
+    tl.store(target + at, tl.load(source + at, mask=rest, other=0.0).to(target.dtype.element_ty), mask=rest)
+
+
+@triton.jit
+def _rope(
+    x, cos, sin, y, token_stride, head_stride, heads, pairs, width, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr
+):
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    source, target = x + token * token_stride + head * head_stride, y + (token * heads + head) * width
+    _turn(source, target, cos + token * pairs, sin + token * pairs, pairs, width, INTERLEAVED, BLOCK)
+
+
+@triton.jit
+def _rope_write(
+    q, k, v, cos, sin, turned, k_pool, v_pool, slots, q_token, q_head, k_token, k_head, v_token, v_head,
+    heads, kv_heads, pairs, width, value_width, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program holds one head of one token: of the queries, then of the keys, then of the values."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cos, sin = cos + token * pairs, sin + token * pairs
+    if head < heads:
+        source, target = q + token * q_token + head * q_head, turned + (token * heads + head) * width
+        _turn(source, target, cos, sin, pairs, width, INTERLEAVED, BLOCK)
+    else:
+        slot = tl.load(slots + token)
+        if slot >= 0:
+            own = head - heads
+            if own < kv_heads:
+                place = k_pool + (slot * kv_heads + own) * width
+                _turn(k + token * k_token + own * k_head, place, cos, sin, pairs, width, INTERLEAVED, BLOCK)
+            else:
+                own -= kv_heads
+                at = tl.arange(0, BLOCK)
+                value = tl.load(v + token * v_token + own * v_head + at, mask=at < value_width, other=0.0)
+                place = v_pool + (slot * kv_heads + own) * value_width
+                tl.store(place + at, value.to(v_pool.dtype.element_ty), mask=at < value_width)
 
 
 @triton.jit
 def _write(new, pool, slots, token_stride, width, BLOCK: tl.constexpr):
-    token = tl.program_id(0)
+    token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     at = tl.arange(0, BLOCK)
     inside = at < tl.where(slot >= 0, width, 0)
@@ -113,25 +130,38 @@ def power(n: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
+def warps(block: int) -> int:
+    """Of a program that holds `block` values at once."""
+    return min(16, max(1, block // 512))
+
+
+def inner_dense(x_THK: Tensor) -> Tensor:
+    """The same rows with their last dimension in one piece; other strides may be any."""
+    return x_THK if x_THK.stride(-1) == 1 else x_THK.contiguous()
+
+
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if flat.shape[0]:
         _rms_norm[(flat.shape[0],)](
-            flat, flat, weight_D, y, y, flat.stride(0), flat.shape[1], eps, offset, False, power(flat.shape[1])
-        )  # type: ignore
+            flat, flat, weight_D, y, y, flat.stride(0), flat.shape[1], eps, offset, False, power(flat.shape[1]),
+            num_warps=warps(power(flat.shape[1])),
+        )  # type: ignore  # fmt: skip
     return y
 
 
 def rms_norm_residual(
     x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    y, total = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    x_TD = inner_dense(x_TD)
+    y, total = x_TD.new_empty(x_TD.shape), x_TD.new_empty(x_TD.shape)
     rows, width = x_TD.shape
     if rows:
         _rms_norm[(rows,)](
-            x_TD, residual_TD.contiguous(), weight_D, y, total, x_TD.stride(0), width, eps, offset, True, power(width)
-        )  # type: ignore
+            x_TD, residual_TD.contiguous(), weight_D, y, total, x_TD.stride(0), width, eps, offset, True, power(width),
+            num_warps=warps(power(width)),
+        )  # type: ignore  # fmt: skip
     return y, total
 
 
@@ -153,14 +183,11 @@ def gelu_tanh_mul(gate_up_TI: Tensor) -> Tensor:
 
 def apply_rope(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> Tensor:
     tokens, heads, width = x_THK.shape
-    x, y = (
-        x_THK if x_THK.stride(2) == 1 else x_THK.contiguous(),
-        torch.empty(x_THK.shape, dtype=x_THK.dtype, device=x_THK.device),
-    )
+    x, y = inner_dense(x_THK), torch.empty(x_THK.shape, dtype=x_THK.dtype, device=x_THK.device)
     cos, sin = cos_TR.float().contiguous(), sin_TR.float().contiguous()
     if tokens:
         _rope[(tokens, heads)](
-            x, cos, sin, y, cos, x.stride(0), x.stride(1), heads, cos.shape[1], width, interleaved, False, power(width)
+            x, cos, sin, y, x.stride(0), x.stride(1), heads, cos.shape[1], width, interleaved, power(width), num_warps=1
         )  # type: ignore
     return y
 
@@ -190,7 +217,7 @@ def _normalise(
     if rows:
         _layer_norm[(rows,)](
             x, x if residual is None else residual, weight, weight if bias is None else bias, y, total, x.stride(0), width, eps,
-            residual is not None, bias is not None, power(width),
+            residual is not None, bias is not None, power(width), num_warps=warps(power(width)),
         )  # type: ignore  # fmt: skip
     return y, total
 
@@ -199,25 +226,14 @@ def rope_write(
     q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_pool_SGK: Tensor, v_pool_SGV: Tensor,
     slots_T: Tensor, interleaved: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Rotates the keys on their way into the pool."""
-    tokens, heads, width = k_TGK.shape
+    """Rotated queries; rotated keys and the values go into the pools, all in one launch."""
+    (tokens, heads, width), (kv_heads, value_width) = q_THK.shape, v_TGV.shape[1:]
+    turned = torch.empty(q_THK.shape, dtype=q_THK.dtype, device=q_THK.device)
     if tokens:
         cos, sin = cos_TR.float().contiguous(), sin_TR.float().contiguous()
-        k = k_TGK if k_TGK.stride(2) == 1 else k_TGK.contiguous()
-        _rope[(tokens, heads)](
-            k,
-            cos,
-            sin,
-            k_pool_SGK,
-            slots_T,
-            k.stride(0),
-            k.stride(1),
-            heads,
-            cos.shape[1],
-            width,
-            interleaved,
-            True,
-            power(width),
-        )  # type: ignore
-        write_kv(v_TGV, v_pool_SGV, slots_T)
-    return apply_rope(q_THK, cos_TR, sin_TR, interleaved)
+        q, k, v = inner_dense(q_THK), inner_dense(k_TGK), inner_dense(v_TGV)
+        _rope_write[(tokens, heads + 2 * kv_heads)](
+            q, k, v, cos, sin, turned, k_pool_SGK, v_pool_SGV, slots_T, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
+            v.stride(1), heads, kv_heads, cos.shape[1], width, value_width, interleaved, power(max(width, value_width)), num_warps=1,
+        )  # type: ignore  # fmt: skip
+    return turned

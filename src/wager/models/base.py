@@ -51,6 +51,17 @@ class Attend(Protocol):
     def __call__(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor | None) -> Tensor: ...
 
 
+class RotatingAttend(Protocol):
+    """An `attend` that can rotate queries and keys itself, on the keys' way into its cache; it has an attribute `rotating` of this kind.
+
+    None where it would rather be given rotated ones.
+    """
+
+    def __call__(
+        self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, cos_TR: Tensor, sin_TR: Tensor
+    ) -> Tensor: ...
+
+
 class Adapters(Protocol):
     """Per-token low-rank updates of a batch. `name` is the linear's checkpoint path, e.g. `model.layers.0.self_attn.q_proj`.
 
@@ -103,6 +114,11 @@ class Model(nn.Module):
             prepack = getattr(module, "prepack", None)
             if module is not self and prepack is not None:
                 prepack(quantization)
+
+    @property
+    def asks_the_device(self) -> bool:
+        """Whether a forward waits for numbers from the device, as no CUDA graph can; modules say so by an attribute of this name."""
+        return any(getattr(m, "asks_the_device", False) for m in self.modules() if m is not self)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -37,6 +37,8 @@ class Router(nn.Module):
 class SparseMLP(nn.Module):
     """Weighted sum of the chosen experts' outputs, plus what `shared` makes of every token."""
 
+    asks_the_device = True  # how many rows each expert gets
+
     def __init__(self, router: Router, experts: list[GatedMLP], route: Route, shared: nn.Module | None = None):
         super().__init__()
         self.router, self.experts, self.route, self.shared = router, nn.ModuleList(experts), route, shared

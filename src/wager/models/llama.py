@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wager import kernels
-from wager.models.base import Adapters, Attend, AttentionSpec, Model
+from wager.models.base import Adapters, Attend, AttentionSpec, Model, RotatingAttend
 from wager.models.config import layer_windows, need, rope_scaling, rope_theta, rotary_dim
 from wager.models.layers import Embedding, GatedMLP, Linear, RMSNorm, init_weights, split_heads
 from wager.models.rope import Rope, RopeConfig
@@ -101,8 +101,17 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
-        q_THK, k_TGK = kernels.apply_rope(q_THK, *angles), kernels.apply_rope(k_TGK, *angles)
-        return self.output(attend(self.layer, q_THK, k_TGK, v_TGK).flatten(1), adapters)
+        return self.output(attend_rotated(attend, self.layer, q_THK, k_TGK, v_TGK, angles).flatten(1), adapters)
+
+
+def attend_rotated(
+    attend: Attend, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, angles: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Attention after rotation, which an `attend` may take on itself."""
+    rotating: RotatingAttend | None = getattr(attend, "rotating", None)
+    if rotating is not None:
+        return rotating(layer, q_THK, k_TGK, v_TGK, *angles)
+    return attend(layer, kernels.apply_rope(q_THK, *angles), kernels.apply_rope(k_TGK, *angles), v_TGK)
 
 
 class Block(nn.Module):
@@ -119,6 +128,7 @@ class Block(nn.Module):
         )
 
         self.halves: tuple[kernels.BlockInput | None, kernels.BlockOutput | None] | None = None
+        self.whole: tuple[Any] | None = None
 
     def forward(
         self,
@@ -127,8 +137,13 @@ class Block(nn.Module):
         angles: tuple[Tensor, Tensor],
         attend: Attend,
         adapters: Adapters | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Takes and returns (branch output not yet added, residual): each norm adds the branch before it."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Takes and returns (branch output not yet added, residual): each norm adds the branch before it. No residual: it is added."""
+        if adapters is None and (whole := self.of_one_token(x_TD)) is not None:
+            c, stream_TD = self.attention.config, x_TD if residual_TD is None else residual_TD + x_TD
+            heads = split_heads(whole.inputs(stream_TD), c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+            attended_TX = attend_rotated(attend, self.attention.layer, *heads, angles).flatten(1)
+            return whole.outputs(attended_TX, stream_TD), None
         first, second = self.fused(x_TD) if adapters is None else (None, None)
         if first is not None:
             q_THK, k_TGK, v_TGK, residual_TD = first(x_TD, residual_TD, *angles)
@@ -145,10 +160,25 @@ class Block(nn.Module):
         normed, residual_TD = self.post_norm.add(attended_TD, residual_TD)
         return self.mlp(normed, adapters), residual_TD
 
+    def of_one_token(self, x_TD: Tensor) -> Any:
+        """The block over one token of a GPU, its products fused with norms, gate and residuals; None where that does not apply."""
+        if x_TD.shape[0] != 1 or x_TD.device.type == "cpu" or x_TD.requires_grad:
+            return None
+        if self.whole is None:
+            attention, mlp, made = self.attention, self.mlp, None
+            if type(self) is Block and type(mlp) is GatedMLP and attention.q_norm is None:
+                norms = [kernels.Norm(m.weight, m.eps, m.offset) for m in (self.input_norm, self.post_norm)]
+                qkv, output, gate_up, down = (
+                    m.packed for m in (attention.qkv, attention.output, mlp.gate_up, mlp.down)
+                )
+                made = kernels.one_token_block(norms[0], qkv, output, norms[1], gate_up, down, mlp.activation)
+            self.whole = (made,)
+        return self.whole[0]
+
     def fused(self, x_TD: Tensor) -> tuple[kernels.BlockInput | None, kernels.BlockOutput | None]:
         """The halves around attention as single kernels, where prepacked weights and the activations allow it; the bits are the same."""
         qkv = self.attention.qkv.packed
-        if qkv is None or x_TD.dtype != torch.float32 or x_TD.requires_grad:
+        if qkv is None or x_TD.dtype != torch.float32 or x_TD.device.type != "cpu" or x_TD.requires_grad:
             return None, None
         if self.halves is None:
             c, attention, mlp, second = self.attention.config, self.attention, self.mlp, None
@@ -208,8 +238,7 @@ class Llama(Model):
         x_TD, residual_TD = self.embed(tokens_T), None
         for block in self.layers:
             x_TD, residual_TD = block(x_TD, residual_TD, angles, attend, adapters)
-        assert residual_TD is not None
-        return self.norm.add(x_TD, residual_TD)[0]
+        return self.norm(x_TD) if residual_TD is None else self.norm.add(x_TD, residual_TD)[0]
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         return self.head(hidden_RD).float()

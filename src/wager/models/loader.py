@@ -26,6 +26,8 @@ from wager.models.registry import family_of
 from wager.native.memory import give_back_freed_memory
 
 Pieces = list[tuple[str, int]]  # checkpoint tensors stacked in a parameter: (name, rows)
+DESCRIPTIONS = ("*.json", "*.jinja")
+WHOLE = (*DESCRIPTIONS, "*.safetensors")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -45,19 +47,23 @@ def load_model(
     device: torch.device | str = "cpu",
     packed: bool = False,
     quantization: str | None = None,
+    load_format: str = "auto",
 ) -> LoadedModel:
     """Load a directory in Hugging Face layout (float, GPTQ or AWQ), a GGUF file or a directory with one, or a hub id.
 
     dtype is "auto" (the checkpoint's), "float32", "bfloat16", "float16" or torch's own. With `packed` every linear goes to the kernels as
     soon as it is read, in the mode `quantization` (None: as `usual_mode` says, codes of quantized files as they are), so that at most one
-    linear exists in another form beside its packed one. Raises CheckpointError naming the architecture, tensor, shape or file that is wrong.
+    linear exists in another form beside its packed one. load_format "dummy" reads config.json only and fills the model with random weights
+    on the device (`dummy.py`). Raises CheckpointError naming the architecture, tensor, shape or file that is wrong.
     """
+    if load_format == "dummy":
+        from wager.models.dummy import dummy_model
+
+        return dummy_model(resolve(name, DESCRIPTIONS), dtype, torch.device(device), packed, quantization)
     path = resolve(name)
     raw, generation, checkpoint = open_checkpoint(path)
     with checkpoint:
-        asked = (
-            dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else checkpoint_dtype({"dtype": dtype})
-        )
+        asked = asked_dtype(dtype)
         target = asked or checkpoint_dtype(raw)
         with torch.device("meta"):
             model = family_of(raw).from_checkpoint(raw, target)
@@ -92,8 +98,8 @@ def build_model(
     return model.eval()
 
 
-def resolve(name: str | Path) -> Path:
-    """The local directory or GGUF file of a model: the path itself, or the hub's snapshot (its cache when offline)."""
+def resolve(name: str | Path, patterns: tuple[str, ...] = WHOLE) -> Path:
+    """The local directory or GGUF file of a model: the path itself, or the hub's snapshot (its cache when offline) of the files that match."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return path
@@ -108,10 +114,15 @@ def resolve(name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{name} cannot be fetched from the hub ({reason}); pass a local directory") from None
+
+
+def asked_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    """None for "auto"."""
+    return dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else checkpoint_dtype({"dtype": dtype})
 
 
 def checkpoint_dtype(raw: dict[str, Any]) -> torch.dtype:
@@ -202,13 +213,9 @@ class Packing:
 @torch.no_grad()
 def load_tensors(model: Model, checkpoint: Any, device: torch.device, packing: Packing | None = None) -> None:
     """Give every parameter of a model on the meta device its memory and values, module by module, a tied one once."""
-    held: dict[int, nn.Parameter] = {}  # keeps the identities below from being used again
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    owners, _held = owners_of(model)
     first: dict[int, Pieces] = {}
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            held[id(parameter)] = parameter
-            owners.setdefault(id(parameter), []).append((module, name))
         for parameter, pieces in pieces_of(module):
             first.setdefault(id(parameter), pieces)
     pieces_of_linear = {m: first[id(m.weight)] for m in model.modules() if isinstance(m, Linear)}
@@ -234,6 +241,17 @@ def load_tensors(model: Model, checkpoint: Any, device: torch.device, packing: P
         rebuild = getattr(module, "rebuild", None)
         if rebuild is not None:
             rebuild(device)
+
+
+def owners_of(model: Model) -> tuple[dict[int, list[tuple[nn.Module, str]]], list[nn.Parameter]]:
+    """Where each parameter stands, by its identity; and the parameters, whose identities are not used again while they are held."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    held = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            held.append(parameter)
+            owners.setdefault(id(parameter), []).append((module, name))
+    return owners, held
 
 
 @torch.no_grad()

@@ -50,7 +50,8 @@ class Batch:
 
     tokens_T, positions_T: int64. span_starts: int32 [R + 1]. contexts_R: int32, cached tokens before each span; every row of a span sees
     them all (within the layer's window). mask_TP: int64 words, bit j of a row says it sees row j of its own span; None means causal for
-    all spans. logit_rows_L: int64 rows of the batch, grouped by span. groups: one KVTables per KV group.
+    all spans. logit_rows_L: int64 rows of the batch, grouped by span. groups: one KVTables per KV group. spans_T: int32, the span
+    of each token, where a GPU needs it. staged: the padded batch of which this is a part and which a CUDA graph reads.
     """
 
     spans: tuple[Span, ...]
@@ -62,6 +63,8 @@ class Batch:
     logit_rows_L: Tensor
     mask_TP: Tensor | None = None
     adapters: Adapters | None = None
+    spans_T: Tensor | None = None
+    staged: Batch | None = None
 
     @property
     def num_tokens(self) -> int:

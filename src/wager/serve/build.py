@@ -159,7 +159,14 @@ def load_served_model(
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     quantization = quantization or config.quantization
     whole = head_rows is None  # a head is cut before it is packed
-    loaded = load_model(path, dtype=dtype, device=device, packed=whole, quantization=quantization if whole else None)
+    loaded = load_model(
+        path,
+        dtype=dtype,
+        device=device,
+        packed=whole,
+        quantization=quantization if whole else None,
+        load_format=config.load_format,
+    )
     loaded.model.requires_grad_(False)
     if head_rows is not None:
         shrink_head(loaded.model, head_rows)

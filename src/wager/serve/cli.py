@@ -16,6 +16,9 @@ app = typer.Typer(help="Serve a model over the OpenAI API, chat with it, or gene
 
 Model = Annotated[str, typer.Argument(help="demo, a directory in Hugging Face layout, or a hub id")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+LoadFormat = Annotated[
+    str, typer.Option(help="auto, or dummy: random weights of the shapes in config.json, to measure speed")
+]
 Quantization = Annotated[str | None, typer.Option(help="quantise weights while loading")]
 MaxLen = Annotated[int | None, typer.Option(help="longest prompt plus output, in tokens")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
@@ -44,6 +47,7 @@ def serve(
     ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="the name clients use")] = None,
     dtype: Dtype = "auto",
+    load_format: LoadFormat = "auto",
     quantization: Quantization = None,
     max_model_len: MaxLen = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="requests that run at once")] = None,

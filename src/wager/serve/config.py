@@ -12,6 +12,7 @@ from wager.errors import UsageError
 POLICIES = ("fcfs", "priority", "longest-prefix", "deadline")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "fp8")
+LOAD_FORMATS = ("auto", "dummy")
 
 
 METHODS = ("draft_model", "sequoia", "specinfer", "specexec", "suffix", "ngram")
@@ -166,6 +167,8 @@ class EngineConfig:
         max_model_len: longest prompt plus output in tokens; None takes the checkpoint's limit.
         max_num_seqs: requests that may run at once. None: 128 on a CPU, 256 on a GPU.
         max_num_batched_tokens: tokens of one step. None: 512 on a CPU, 4096 on a GPU.
+        load_format: "auto", the checkpoint as it lies there, or "dummy": random weights of the shapes in config.json, the only file that is
+            read (with a tokenizer's, unless skip_tokenizer_init); drafts likewise. For measuring speed.
         kv_cache_dtype: "auto", the weights' own, or "fp8": keys and values rounded to e4m3, on a CPU.
         kv_cache_memory: bytes for the KV pools, or "auto": what max_num_seqs full-length requests could use, at most 30 % of free memory.
         kv_offload_memory: bytes of a second tier in the host's memory ("2GB"): cached blocks that the KV pools give up go there, and come back
@@ -184,6 +187,7 @@ class EngineConfig:
     model: str = "demo"
     tokenizer: str | None = None
     dtype: str = "auto"
+    load_format: str = "auto"
     quantization: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -214,6 +218,16 @@ class EngineConfig:
         object.__setattr__(self, "speculative_config", SpeculativeConfig.parse(self.speculative_config))
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}", param="dtype")
+        if self.load_format not in LOAD_FORMATS:
+            raise UsageError(
+                f"load_format {self.load_format!r} is unknown; use one of {', '.join(LOAD_FORMATS)}",
+                param="load_format",
+            )
+        if self.load_format == "dummy" and self.tensor_parallel_size > 1:
+            raise UsageError(
+                f'load_format "dummy" and tensor_parallel_size {self.tensor_parallel_size} do not go together; drop one of them',
+                param="load_format",
+            )
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise UsageError(
                 f"kv_cache_dtype {self.kv_cache_dtype!r} is unknown; use one of {', '.join(KV_CACHE_DTYPES)}",

@@ -310,7 +310,16 @@ KERNELS = (
     Feature(
         "graph_capture", "system/kernels", "CUDA graphs per number of tokens for decode steps", EXACT, (), "wager.serve.graphs:DecodeGraphs",
         ("tests/serve/test_graphs.py::test_recordings_are_made_once_a_bucket_and_replays_see_new_values",
+         "tests/serve/test_graphs.py::test_the_engine_writes_the_same_tokens_through_recordings",
          "tests/serve/test_graphs.py::test_the_model_gives_the_same_hidden_rows"), note="on GPUs; steps on a CPU launch nothing",
+    ),
+    Feature(
+        "dummy_weights", "system/kernels", "random weights of a config.json's shapes, to measure speed without a checkpoint", EXACT,
+        ("load_format",), "wager.models.dummy:dummy_model",
+        ("tests/models/test_dummy.py::test_only_the_config_is_read_and_the_numbers_are_the_same_every_time",
+         "tests/models/test_dummy.py::test_the_engine_serves_it"),
+        note="the same numbers every time; what such a model writes means nothing",
+        enabled_when=lambda c: c.load_format == "dummy",
     ),
 )  # fmt: skip
 

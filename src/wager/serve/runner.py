@@ -20,7 +20,7 @@ from wager.models.base import Adapters, Attend, Model
 from wager.serve.batch import Batch, KVTables, Span
 from wager.serve.cache.block_manager import BlockManager
 from wager.serve.cache.pool import KVPool, groups_for
-from wager.serve.graphs import DecodeGraphs
+from wager.serve.graphs import DecodeGraphs, Table
 from wager.serve.planned import PlannedForward, plan
 from wager.serve.token_tree import TokenTree, pack_bits
 
@@ -63,15 +63,37 @@ class PagedAttend:
     def __init__(self, model: Model, pool: KVPool, group_of_layer: Sequence[int], block_size: int, batch: Batch):
         self.model, self.pool, self.group_of_layer = model, pool, group_of_layer
         self.block_size, self.batch = block_size, batch
+        self.rotating = self._rotating if batch.tokens_T.device.type == "cuda" else None
+
+    def _rotating(
+        self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, cos_TR: Tensor, sin_TR: Tensor
+    ) -> Tensor:
+        k_pool, v_pool = self.pool.k[layer], self.pool.v[layer]
+        assert v_pool is not None, f"layer {layer} keeps its values in the keys but was given values"
+        slots_T = self.batch.groups[self.group_of_layer[layer]].slots_T
+        turned_THK = kernels.rope_write(q_THK, k_TGK, v_TGV, cos_TR, sin_TR, k_pool, v_pool, slots_T)
+        return self._attend(layer, turned_THK, k_pool, v_pool, None)
 
     def __call__(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor | None) -> Tensor:
-        spec, batch = self.model.attention[layer], self.batch
-        tables = batch.groups[self.group_of_layer[layer]]
+        spec = self.model.attention[layer]
         k_pool, v_pool = self.pool.k[layer], self.pool.v[layer]
         if v_TGV is None:
             v_pool = k_pool[..., : spec.value_dim]
         else:
             assert v_pool is not None, f"layer {layer} keeps its values in the keys but was given values"
+        slots_T = self.batch.groups[self.group_of_layer[layer]].slots_T
+        return self._attend(layer, q_THK, k_pool, v_pool, (k_TGK, v_TGV, slots_T))
+
+    def _attend(
+        self,
+        layer: int,
+        q_THK: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        new: tuple[Tensor, Tensor | None, Tensor] | None,
+    ) -> Tensor:
+        spec, batch = self.model.attention[layer], self.batch
+        tables = batch.groups[self.group_of_layer[layer]]
         return kernels.paged_attention(
             q_THK,
             k_pool,
@@ -85,7 +107,8 @@ class PagedAttend:
             spec.window,
             spec.softcap,
             batch.mask_TP,
-            new=(k_TGK, v_TGV, tables.slots_T),
+            new=new,
+            spans_T=batch.spans_T,
         )
 
 
@@ -97,10 +120,12 @@ class ModelRunner:
         self.device = model.device
         self.group_of_layer = layer_groups(model)
         # The torch reference asks the device for lengths, which no graph can hold; the Triton forms do not.
-        capturable = self.device.type == "cuda" and kernels.has_fast_form(
-            "paged_attention", torch.empty(0, device=self.device)
+        on_gpu = self.device.type == "cuda"
+        fast = on_gpu and kernels.has_fast_form("paged_attention", torch.empty(0, device=self.device))
+        self.graphs = (
+            DecodeGraphs(self._forward, model.logits, self.device) if fast and not model.asks_the_device else None
         )
-        self._compute = DecodeGraphs(self._forward) if capturable else self._forward
+        self._compute = self.graphs or self._forward
         self._planned: PlannedForward | None = None
         self._plans = True  # until there turns out to be none
 
@@ -128,6 +153,12 @@ class ModelRunner:
             if i.logit_rows:
                 logit_rows.append(np.arange(start + i.length - i.logit_rows, start + i.length))
                 wanted += i.logit_rows
+        tables = [self._tables(g, inputs, row_of_T, cache_index_T) for g in range(len(self.blocks.groups))]
+        plain = all(i.length == 1 and i.tree is None and i.growth is None for i in inputs)
+        if self.graphs is not None and adapters is None and plain:
+            staged = self.graphs.stage(tuple(spans), tokens_T, contexts, tables)
+            if staged is not None:
+                return staged
         span_starts = torch.from_numpy(starts.astype(np.int32))
         rows_L = np.concatenate(logit_rows) if logit_rows else np.zeros(0, np.int64)
         mask = None
@@ -139,20 +170,21 @@ class ModelRunner:
             positions_T=self._to_device(positions_T),
             span_starts=span_starts.to(self.device),
             contexts_R=self._to_device(contexts.astype(np.int32)),
-            groups=tuple(self._tables(g, inputs, row_of_T, cache_index_T) for g in range(len(self.blocks.groups))),
+            groups=tuple(KVTables(self._to_device(slots), self._to_device(table)) for slots, table in tables),
             logit_rows_L=self._to_device(rows_L),
             mask_TP=None if mask is None else mask.to(self.device),
             adapters=adapters(span_starts) if adapters else None,
+            spans_T=self._to_device(row_of_T.astype(np.int32)) if self.device.type == "cuda" else None,
         )
 
-    def _tables(self, group: int, inputs: Sequence[SpanInput], row_of_T: np.ndarray, index_T: np.ndarray) -> KVTables:
+    def _tables(self, group: int, inputs: Sequence[SpanInput], row_of_T: np.ndarray, index_T: np.ndarray) -> Table:
         block_size = self.blocks.block_size
         tables = [self.blocks.table(i.seq, group) for i in inputs]
         tables_RB = np.full((len(tables), max(map(len, tables))), -1, np.int32)
         for row, table in enumerate(tables):
             tables_RB[row, : len(table)] = table
         slots_T = tables_RB[row_of_T, index_T // block_size].astype(np.int64) * block_size + index_T % block_size
-        return KVTables(self._to_device(slots_T), self._to_device(tables_RB))
+        return slots_T, tables_RB
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -185,7 +217,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits(self, hidden_TD: Tensor, rows: Tensor) -> Tensor:
-        """float32 logits [L, W] of the given rows."""
+        """float32 logits [L, W] of the given rows; they may lie in a buffer that the next pass uses again."""
+        if self.graphs is not None and (made := self.graphs.logits(hidden_TD, rows)) is not None:
+            return made
         return self.model.logits(hidden_TD.index_select(0, rows))
 
     def keep_tree_path(self, span: Span, path: Sequence[int]) -> None:
