@@ -115,6 +115,8 @@ class PagedAttend:
 class ModelRunner:
     """Builds batches from spans and runs them. Room for the spans must have been reserved in `blocks`."""
 
+    graphs: DecodeGraphs | None = None  # on a GPU
+
     def __init__(self, model: Model, pool: KVPool, blocks: BlockManager):
         self.model, self.pool, self.blocks = model, pool, blocks
         self.device = model.device
@@ -122,9 +124,8 @@ class ModelRunner:
         # The torch reference asks the device for lengths, which no graph can hold; the Triton forms do not.
         on_gpu = self.device.type == "cuda"
         fast = on_gpu and kernels.has_fast_form("paged_attention", torch.empty(0, device=self.device))
-        self.graphs = (
-            DecodeGraphs(self._forward, model.logits, self.device) if fast and not model.asks_the_device else None
-        )
+        if fast and not model.asks_the_device:
+            self.graphs = DecodeGraphs(self._forward, model.logits, self.device)
         self._compute = self.graphs or self._forward
         self._planned: PlannedForward | None = None
         self._plans = True  # until there turns out to be none
