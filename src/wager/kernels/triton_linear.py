@@ -199,7 +199,7 @@ class TritonLinear:
             assert made.scales is not None
             self.table, self.scales = torch.tensor(made.table, device=codes.device), made.scales.half().contiguous()
         else:
-            self.weight = self.scales = codes.contiguous()
+            self.weight = self.scales = self.table = codes.contiguous()
             if made.scales is not None:
                 self.bits, self.has_scale, self.scales = 8, True, made.scales.contiguous()
 

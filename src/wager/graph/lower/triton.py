@@ -29,6 +29,7 @@ from wager.graph.program import BlockGraph, Node, Program
 from wager.native import build
 
 LEAST_SIDE = 16  # of a matrix unit's operand
+MOST_SPREAD = 4096  # entries of a tile whose sum over loop turns is kept apart, entry by entry, and folded once after the loop
 UNARY_CODE = {
     "exp": "tl.exp({x})",
     "sqrt": "tl.sqrt({x})",
@@ -131,7 +132,8 @@ class _Emitter:
         block, nodes = self.block, self.block.nodes
         for i, node in enumerate(nodes):
             if node.op.startswith("accum"):
-                self.emit(f"t{i} = tl.zeros({self._sides(self.tile(i))}, tl.float32)")
+                tile = self.tile(node.inputs[0]) if self._spread(i) else self.tile(i)
+                self.emit(f"t{i} = tl.zeros({self._sides(tile)}, tl.float32)")
         inside = [i for i, n in enumerate(nodes) if not block.after[i] or n.op.startswith("accum")]
         self.emit(f"for it in range({block.loop}):")
         self.depth += 1
@@ -139,6 +141,8 @@ class _Emitter:
             self._node(i)
         self.depth -= 1
         for i in inside:
+            if self._spread(i):
+                self.emit(f"t{i} = tl.sum(t{i}, axis={self.rank - 1}, keep_dims=True)")
             if nodes[i].op == "accum_rms":
                 count = block.loop * nodes[nodes[i].inputs[0]].shape[-1]
                 self.emit(f"t{i} = tl.sqrt(t{i} * {number(1 / count)})")
@@ -208,6 +212,13 @@ class _Emitter:
             return text.replace(f"t{j}.to(tl.float32)", f"t{j}")
         return f"({text}).to(in{self.narrow}.dtype.element_ty)"
 
+    def _spread(self, i: int) -> bool:
+        """Whether an accumulator keeps every entry's own sum: folding a row in each turn would make the warps wait for each other."""
+        node = self.block.nodes[i]
+        if node.op not in ("accum_sum", "accum_rms") or self.block.loop == 1 or self.tile(i)[-1] != 1:
+            return False
+        return math.prod(map(padded, self.tile(node.inputs[0]))) <= MOST_SPREAD
+
     def _product(self, i: int) -> str:
         a, b = self.block.nodes[i].inputs
         ta, tb = self.tile(a), self.tile(b)
@@ -237,7 +248,9 @@ class _Emitter:
         x = self._masked(source, d)
         if node.op == "accum_rms":
             x = f"{x} * {x}"
-        if width == 1:
+        if self._spread(i):
+            total = x
+        elif width == 1:
             total = f"tl.sum({x}, axis={d}, keep_dims=True)"
         elif d != self.rank - 1:
             raise UsageError(
