@@ -35,7 +35,10 @@ def test_a_profile_that_promises_too_much_gives_way_to_real_steps():
     choice = TreeChoice(None, flat_profile(), 32, 8, 8)
     assert len(choice.tree(4, True)) >= 16, "large trees look free"
     trees = serve(choice, 600, per_token=2.0, batch=4)
-    rates = {len(t): t.expected_tokens / real_ms(t, 2.0) for t in choice._planned(4, True)}
+    rates = {
+        len(t): t.expected_tokens / real_ms(t, 2.0)
+        for t in choice._planned(4, True, choice._class_of(True, None)).trees
+    }
     assert np.mean([rates[len(t)] for t in trees]) > 0.9 * max(rates.values())
     assert len(choice.tree(1, True)) >= 16, "other batch sizes are judged by themselves"
 
@@ -44,7 +47,10 @@ def test_a_right_profile_is_not_disturbed_by_scatter():
     sizes = np.array(SIZES)
     profile = HardwareProfile(SIZES, (1,), (tuple(5.0 + 0.5 * sizes),), ((0.2,) * 6,), 0.0)
     choice = TreeChoice(None, profile, 32, 8, 8)
-    rates = {len(t): t.expected_tokens / real_ms(t, 0.5) for t in choice._planned(1, True)}
+    rates = {
+        len(t): t.expected_tokens / real_ms(t, 0.5)
+        for t in choice._planned(1, True, choice._class_of(True, None)).trees
+    }
     trees = serve(choice, 600, per_token=0.5)
     assert np.mean([rates[len(t)] for t in trees]) > 0.9 * max(rates.values())
 

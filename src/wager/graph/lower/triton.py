@@ -29,7 +29,9 @@ from wager.graph.program import BlockGraph, Node, Program
 from wager.native import build
 
 LEAST_SIDE = 16  # of a matrix unit's operand
-MOST_SPREAD = 4096  # entries of a tile whose sum over loop turns is kept apart, entry by entry, and folded once after the loop
+MOST_SPREAD = (
+    4096  # entries of a tile whose sum over loop turns is kept apart, entry by entry, and folded once after the loop
+)
 UNARY_CODE = {
     "exp": "tl.exp({x})",
     "sqrt": "tl.sqrt({x})",

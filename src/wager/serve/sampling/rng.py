@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_WORD, _STEP = 2**64 - 1, int(_GOLDEN)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -18,13 +19,23 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def mix_one(x: int) -> int:
+    """`mix` of one number, without arrays."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _WORD
+    return x ^ (x >> 31)
+
+
 def derive_seed(seed: int, index: int) -> int:
     """The seed of continuation `index`, in [0, 2**64); continuation 0 keeps the caller's (any integer, taken modulo 2**64)."""
-    seed &= 2**64 - 1
-    if index == 0:
-        return seed
-    with np.errstate(over="ignore"):
-        return int(mix(np.asarray(np.uint64(seed) + np.uint64(index) * _GOLDEN)))
+    seed &= _WORD
+    return seed if index == 0 else mix_one(seed + index * _STEP & _WORD)
+
+
+def few_uniforms(seed: int, count: int) -> np.ndarray:
+    """`uniforms` of one seed at positions 0 .. count - 1; sooner done than arrays are made while there are few."""
+    start = mix_one(seed + _STEP & _WORD) + _STEP
+    return np.array([(mix_one(start + i * _STEP & _WORD) >> 11) * 2.0**-53 for i in range(count)])
 
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:

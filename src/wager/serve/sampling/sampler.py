@@ -22,7 +22,7 @@ from wager.serve.request import Request
 from wager.serve.sampling.filters import draw, keep_likely, most_likely
 from wager.serve.sampling.grammar import Grammar, apply_bitmask
 from wager.serve.sampling.logprobs import token_logprobs
-from wager.serve.sampling.rng import derive_seed, uniforms
+from wager.serve.sampling.rng import derive_seed, few_uniforms, uniforms
 from wager.serve.sampling.state import SamplerState, edit_row, make_state, penalise
 
 DECISIONS = 0x2545F4914F6CDD1D
@@ -122,8 +122,7 @@ class Sampler:
         """Numbers in [0, 1) with which a verifier decides about the token `num_guesses` after the committed ones; a stream apart from
         the one tokens are sampled with."""
         position = request.num_tokens + num_guesses
-        own = derive_seed(self._states[request.id].seed ^ DECISIONS, position + 1)
-        return uniforms(np.full(count, own, np.uint64), np.arange(count, dtype=np.uint64))
+        return few_uniforms(derive_seed(self._states[request.id].seed ^ DECISIONS, position + 1), count)
 
     def logprobs(self, logits_LW: Tensor, tokens: Sequence[int], rows: Sequence[Row]) -> list[TokenLogprobs | None]:
         """Entries for tokens that were chosen elsewhere; None where the request wants none or nothing was chosen (-1)."""

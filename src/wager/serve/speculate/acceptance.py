@@ -97,6 +97,34 @@ class AcceptanceCounter:
         return self.accepted / self.tried
 
 
+class DepthCounter:
+    """Acceptance by the depth of the deciding node, p[d, k]; a depth that was seldom reached leans on what all depths have in common.
+
+    Some texts are easy to guess and some are not, and the easy ones bring most of the decisions: one vector for all nodes promises long paths
+    more than they keep. The chances by depth multiply to how often a whole path was kept.
+    """
+
+    def __init__(self, width: int, depth: int, prior: Sequence[float] = PRIOR, weight: float = 10.0):
+        self.every, self.weight = AcceptanceCounter(width, prior), weight
+        self.accepted, self.tried = np.zeros((depth, width)), np.zeros((depth, width))
+
+    def add(self, depth: int, children: int, accepted: int | None) -> None:
+        """A node at this depth, 0 for the root, was decided."""
+        self.every.add(children, accepted)
+        if depth < len(self.tried):
+            self.tried[depth, :children] += 1
+            if accepted is not None and accepted < self.accepted.shape[1]:
+                self.accepted[depth, accepted] += 1
+
+    @property
+    def decisions(self) -> int:
+        return self.every.decisions
+
+    @property
+    def p(self) -> np.ndarray:
+        return (self.accepted + self.weight * self.every.p) / (self.tried + self.weight)
+
+
 def greedy_bucket(target_W: np.ndarray, draft_W: np.ndarray, width: int) -> int:
     """Rank of the target's choice among the draft's `width` most likely tokens; `width` when it is not among them."""
     best = int(target_W.argmax())

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from wager.serve.request import Request
-from wager.serve.sampling.rng import derive_seed, uniforms
+from wager.serve.sampling.rng import derive_seed, few_uniforms
 from wager.serve.token_tree import TokenTree
 
 DRAFT_STREAM = 0x5DEECE66D  # separates a request's drafting numbers from those it samples with
@@ -61,8 +61,7 @@ class TimedDrafter(Protocol):
 
 def noise(seed: int, num_tokens: int, count: int) -> np.ndarray:
     """`count` numbers in [0, 1) for drafting after `num_tokens` tokens: the same whatever else is in the batch."""
-    keys = np.full(count, derive_seed(seed ^ DRAFT_STREAM, num_tokens + 1), np.uint64)
-    return uniforms(keys, np.arange(count, dtype=np.uint64))
+    return few_uniforms(derive_seed(seed ^ DRAFT_STREAM, num_tokens + 1), count)
 
 
 SEARCHED = 4  # tokens up to which repeated searches for the largest beat torch's selection
@@ -91,3 +90,12 @@ def softmax(logits_W: np.ndarray, temperature: float) -> np.ndarray:
     np.exp(scores, out=scores)
     scores /= scores.sum()
     return scores
+
+
+def guess_law(logits_W: np.ndarray, temperature: float) -> np.ndarray:
+    """float64 [W]: a draft's softmax with exponentials in float32. Any law will do for guesses, as long as they are drawn from it."""
+    scores = logits_W - logits_W.max()
+    scores *= 1 / temperature
+    law_W = np.exp(scores, out=scores).astype(np.float64)
+    law_W /= law_W.sum()
+    return law_W

@@ -22,7 +22,7 @@ from torch import Tensor
 from wager.serve.request import Request
 from wager.serve.sampling.sampler import Row, Sampler
 from wager.serve.speculate.draft_engine import DraftModel, NewNodes
-from wager.serve.speculate.drafter import noise, softmax, top_tokens
+from wager.serve.speculate.drafter import guess_law, noise, top_tokens
 from wager.serve.speculate.ratio import draw_without_replacement, without_replacement
 from wager.serve.speculate.tree_choice import TreeChoice
 from wager.serve.speculate.tree_plan import GrowMap
@@ -70,7 +70,7 @@ class SequoiaDrafter:
         self, requests: Sequence[Request], nodes: Sequence[int], depths: Sequence[int]
     ) -> list[TokenTree | None]:
         maps = [
-            self.choice.tree(len(requests), r.params.greedy).shrunk(n, d)
+            self.choice.tree(len(requests), r.params.greedy, r.id).shrunk(n, d)
             for r, n, d in zip(requests, nodes, depths, strict=True)
         ]
         computing = [sum(len(level.nodes) for level in m.levels) for m in maps]
@@ -107,12 +107,12 @@ class SequoiaDrafter:
                 g.fill(node, best[i], None)
                 continue
             children = g.map.children[node + 1]
-            probs_W = softmax(rows_LW[i], g.request.params.temperature)
+            probs_W = guess_law(rows_LW[i], g.request.params.temperature)
             g.fill(node, draw_without_replacement(probs_W, len(children), g.numbers(children)), probs_W)
 
     def committed(self, request: Request, path: Sequence[int]) -> None:
         g = self._proposed.pop(request.id)
-        self.choice.decided(g.map, request.params.greedy, path)
+        self.choice.decided(g.map, request.params.greedy, path, request.id)
         self.draft.keep(request, [g.row_of[n] for n in path if n in g.row_of])
 
     def timed(self, batch: int, step_ms: float) -> None:
@@ -120,6 +120,7 @@ class SequoiaDrafter:
 
     def remove(self, request: Request) -> None:
         self._proposed.pop(request.id, None)
+        self.choice.forget(request.id)
         self.draft.remove(request)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from wager.serve.request import Request
 from wager.serve.sampling.sampler import Row, Sampler
 from wager.serve.speculate.draft_engine import DraftModel, NewNodes
-from wager.serve.speculate.drafter import noise, softmax, top_tokens
+from wager.serve.speculate.drafter import guess_law, noise, top_tokens
 from wager.serve.speculate.ratio import draw, independent
 from wager.serve.token_tree import TokenTree, visible_of
 
@@ -183,7 +183,7 @@ class SpecInferDrafter:
                 picks = top_tokens(mine, width).tolist()
                 probs: list[np.ndarray | None] = [None] * len(parents)
             else:
-                probs_LW = [softmax(logits_W, request.params.temperature) for logits_W in mine]
+                probs_LW = [guess_law(logits_W, request.params.temperature) for logits_W in mine]
                 seed = self.sampler.seed_of(request) ^ (number + 1) * 0x9E37 ^ (step + 1) * 0x79B97F
                 numbers = noise(seed, request.num_tokens, len(parents) * width).reshape(len(parents), width)
                 picks = [[draw(p, u) for u in us] for p, us in zip(probs_LW, numbers, strict=True)]

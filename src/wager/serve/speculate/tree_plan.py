@@ -281,7 +281,7 @@ SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 96, 128
 
 
 def plan_tree(
-    p: Sequence[float],
+    p: Sequence[float] | np.ndarray,
     profile: HardwareProfile,
     *,
     batch: int = 1,
@@ -304,7 +304,7 @@ def plan_tree(
 
 
 def plan_trees(
-    p: Sequence[float],
+    p: Sequence[float] | np.ndarray,
     profile: HardwareProfile,
     *,
     batch: int = 1,
@@ -313,16 +313,22 @@ def plan_trees(
     max_branch: int = 16,
     sizes: Sequence[int] | None = None,
 ) -> list[GrowMap]:
-    """Of each size (`SIZES` up to max_size) the tree with the highest expected speed-up, smallest first."""
+    """Of each size (`SIZES` up to max_size) the tree with the highest expected speed-up, smallest first.
+
+    p: joint acceptance of an accepted node's children; or a matrix, row d for nodes of depth d.
+    """
     sizes = [n for n in (sizes or SIZES) if n <= max_size]
-    tables = TreeTables(list(p)[:max_branch], max(sizes, default=1), max_depth + 1)
+    tables_of = _tables(np.asarray(p, dtype=np.float64)[..., :max_branch], max(sizes, default=1), max_depth + 1)
     plain_ms, found = profile.target_ms(batch, 1), []
     for n in sizes:
         best: GrowMap | None = None
+        shallower = -math.inf
         for levels in range(2, max_depth + 2):
+            tables = tables_of[levels]
             tokens = tables.expected_tokens(n, levels) if n >= levels else -math.inf
-            if not math.isfinite(tokens) or tokens == tables.expected_tokens(n, levels - 1):
+            if not math.isfinite(tokens) or tokens <= shallower:
                 continue  # no such tree, or as shallow a one is as good
+            shallower = tokens
             at_least_ms = profile.step_ms(batch, n, [1] * (levels - 2))
             if best is not None and tokens * plain_ms <= best.expected_speedup * at_least_ms:
                 continue
@@ -335,3 +341,11 @@ def plan_trees(
         if best is not None:
             found.append(best)
     return found
+
+
+def _tables(p: np.ndarray, max_nodes: int, max_levels: int) -> dict[int, TreeTables]:
+    """By number of levels: one table for a vector; for a matrix one each, since it tells how deep a node lies by the levels left."""
+    if p.ndim == 1:
+        return dict.fromkeys(range(2, max_levels + 1), TreeTables(p, max_nodes, max_levels))
+    leaves = np.zeros((1, p.shape[1]))
+    return {levels: TreeTables(np.vstack((p[: levels - 1], leaves)), max_nodes, levels) for levels in range(2, max_levels + 1)}  # fmt: skip

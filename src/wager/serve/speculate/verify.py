@@ -118,6 +118,9 @@ def verify(items: Sequence[Verifying], logits_LW: Tensor, sampler: Sampler) -> l
     """Walk every request's tree. Tokens beyond one that ends the request may be among the verdict's; the caller cuts them."""
     if all(_plainly_greedy(item, sampler) for item in items):
         return _greedy(items, logits_LW)
+    if all(_plainly_by_ratio(item, sampler) for item in items):
+        rows_LW = logits_LW.cpu().numpy()
+        return [_alone(item, rows_LW, sampler) for item in items]
     walks = [_Walk(item, [[]] if item.tree is None else item.tree.children(), Verdict()) for item in items]
     active = list(walks)
     while active:
@@ -147,6 +150,33 @@ def _plainly_sampled(item: Verifying, sampler: Sampler) -> bool:
     p = item.request.params
     filtered = p.min_p > 0 or p.top_k > 0 or p.top_p < 1
     return not (p.greedy or filtered or sampler.shapes(item.request))
+
+
+def _plainly_by_ratio(item: Verifying, sampler: Sampler) -> bool:
+    """Whether a ratio rule decides over plain softmaxes and nothing but the token is wanted."""
+    ratio = item.tree is not None and item.tree.draft is not None
+    return ratio and item.request.params.logprobs is None and _plainly_sampled(item, sampler)
+
+
+def _alone(item: Verifying, rows_LW: np.ndarray, sampler: Sampler) -> Verdict:
+    """One request's walk by a ratio rule, without what walks together and other requests' wishes take."""
+    tree, verdict, row = item.tree, Verdict(), 0
+    assert tree is not None and tree.draft is not None
+    children = tree.children()
+    while row >= 0:
+        target_W = softmax(rows_LW[item.first + row], item.request.params.temperature)
+        if not np.isfinite(target_W).all():
+            break
+        count = tree.draft.numbers(row, len(children[row]))
+        uniforms = sampler.decisions(item.request, len(verdict.tokens), count)
+        child, token = tree.draft.choose(tree, row, children[row], target_W, uniforms)
+        verdict.tokens.append(token)
+        verdict.logprobs.append(None)
+        row = -1
+        if child is not None:
+            verdict.path.append(child)
+            row = child + 1
+    return verdict
 
 
 def _greedy(items: Sequence[Verifying], logits_LW: Tensor) -> list[Verdict]:
