@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from wager.serve.sampling.rng import derive_seed, mix, uniforms
+from wager.serve.sampling.rng import derive_seed, few_uniforms, mix, uniforms
 
 
 def grid(seeds, positions):
@@ -60,3 +60,13 @@ def test_derived_seeds_are_distinct_and_the_first_keeps_the_callers():
     assert len({derive_seed(seed, index) for seed in range(200) for index in range(50)}) == 200 * 50
     for seed in (-1, 2**64, -(2**70)):
         assert 0 <= derive_seed(seed, 0) < 2**64 and 0 <= derive_seed(seed, 3) < 2**64
+
+
+def test_numbers_made_one_by_one_are_those_of_arrays():
+    rng = np.random.default_rng(0)
+    for seed, index in zip(rng.integers(0, 2**63, 200).tolist(), rng.integers(1, 2**40, 200).tolist(), strict=True):
+        with np.errstate(over="ignore"):
+            arrays = int(mix(np.asarray(np.uint64(seed) + np.uint64(index) * np.uint64(0x9E3779B97F4A7C15))))
+        assert derive_seed(seed, index) == arrays
+        whole = uniforms(np.full(5, seed, np.uint64), np.arange(5, dtype=np.uint64))
+        assert np.array_equal(few_uniforms(seed, 5), whole)

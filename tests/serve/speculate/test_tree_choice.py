@@ -24,7 +24,7 @@ def serve(choice, steps, per_token, batch=1, seed=0):
     rng = np.random.default_rng(seed)
     trees = []
     for _ in range(steps):
-        tree = choice.tree(batch, True)
+        tree = [choice.tree(batch, True) for _ in range(batch)][-1]
         hiccup = 5.0 if rng.random() < 0.03 else 1.0
         choice.timed(batch, real_ms(tree, per_token) * rng.uniform(0.95, 1.1) * hiccup)
         trees.append(tree)
@@ -64,3 +64,48 @@ def test_room_is_that_of_the_chosen_tree():
 @pytest.mark.parametrize(("batch", "wanted"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (64, 64)])
 def test_batch_sizes_share_plans_up_to_powers_of_two(batch, wanted):
     assert bucket(batch) == wanted
+
+
+def decide(choice, request, rng, keep, steps, greedy=True):
+    """Steps of a request whose guesses are each kept with chance `keep`, whatever their depth."""
+    for _ in range(steps):
+        tree, path, row = choice.tree(1, greedy, request), [], 0
+        while tree.children[row] and rng.random() < keep:
+            path.append(tree.children[row][0])
+            row = path[-1] + 1
+        choice.decided(tree, greedy, path, request)
+
+
+def test_requests_that_are_easily_guessed_get_deeper_trees():
+    sizes = np.array(SIZES)
+    profile = HardwareProfile(SIZES, (1,), (tuple(5.0 + 0.3 * sizes),), ((0.4,) * 6,), 0.3)
+    choice, rng = TreeChoice(None, profile, 32, 12, 8), np.random.default_rng(0)
+    for _ in range(3):
+        decide(choice, "code", rng, 0.95, 150)
+        decide(choice, "prose", rng, 0.4, 150)
+    code, prose = choice.tree(1, True, "code"), choice.tree(1, True, "prose")
+    assert code.depth >= prose.depth + 4
+    assert choice.room(1) >= len(code), "the largest tree of the requests that there are"
+    assert choice.counters[True].decisions == sum(c.decisions for c in choice.classes.values())
+    choice.forget("code")
+    assert "code" not in choice._ease
+
+
+def test_a_step_over_several_trees_teaches_what_their_mean_takes():
+    choice = TreeChoice(None, flat_profile(), 32, 8, 8)
+    sizes = [len(choice.tree(2, True)), 5]
+    choice._given[2].append(sizes[1])
+    choice.timed(2, 9.0)
+    assert choice.times[2].of[round(sum(sizes) / 2)].value == 9.0
+    choice.tree(2, True)
+    choice.timed(2, 1.0)
+    assert len(choice.times[2].of) == 1, "a step in which one of two requests had no tree says nothing"
+
+
+def test_one_hiccup_does_not_move_what_a_step_takes():
+    choice = TreeChoice(None, flat_profile(), 32, 8, 8)
+    size = 0
+    for ms in (10.0, 10.0, 500.0, 10.0, 10.0):
+        size = len(choice.tree(1, True))
+        choice.timed(1, ms)
+    assert choice.times[1].of[size].value == 10.0

@@ -10,7 +10,10 @@ from tests.serve.sampling import reference
 from wager.serve.params import SamplingParams
 from wager.serve.request import Request
 from wager.serve.sampling.sampler import Row, Sampler
-from wager.serve.speculate.verify import sample_and_match
+from wager.serve.speculate import verify as verification
+from wager.serve.speculate.ratio import draw_without_replacement
+from wager.serve.speculate.sequoia import WithoutReplacement
+from wager.serve.speculate.verify import Verifying, sample_and_match
 from wager.serve.token_tree import TokenTree
 
 VOCAB, LENGTH = 5, 3
@@ -141,3 +144,25 @@ def test_on_any_tree_the_path_is_the_one_the_target_drew(data, size):
         at = following[0]
     assert committed == expected and [tokens[i] for i in path] == expected[:-1]
     assert tree.path(path[-1] if path else -1) == path
+
+
+def test_walks_alone_and_walks_together_decide_alike(monkeypatch):
+    """The short way for plain requests commits the tokens of the general one."""
+    rng, sampler, items, first = np.random.default_rng(5), Sampler(VOCAB, "cpu", np.random.default_rng(0)), [], 0
+    for number in range(60):
+        request = Request(f"r{number}", [0], SamplingParams(temperature=0.8, seed=number), 0.0, 9)
+        sampler.add(request)
+        laws = rng.dirichlet(np.ones(VOCAB), 3)
+        above = draw_without_replacement(laws[0], 2, rng.random(2))
+        below = draw_without_replacement(laws[1], 2, rng.random(2))
+        draft = WithoutReplacement(laws, np.array([0, 1, -1, -1, -1]))
+        items.append(
+            Verifying(request, TokenTree(np.array([*above, *below]), np.array([-1, -1, 0, 0], np.int32), draft), first)
+        )
+        first += 5
+    logits = torch.from_numpy(rng.normal(0, 1, (first, VOCAB)).astype(np.float32))
+    alone = verification.verify(items, logits, sampler)
+    monkeypatch.setattr(verification, "_plainly_by_ratio", lambda item, sampler: False)
+    together = verification.verify(items, logits, sampler)
+    assert [(v.path, v.tokens, v.logprobs) for v in alone] == [(v.path, v.tokens, v.logprobs) for v in together]
+    assert {len(v.path) for v in alone} == {0, 1, 2}

@@ -112,14 +112,14 @@ class TreeChoice:
         self.times: dict[int, StepTimes] = {}
         self._ease: dict[str, tuple[bool, Ease]] = {}
         self._plans: dict[tuple[bool, int, int], Plans] = {}
-        self._given: dict[int, set[int]] = {}  # by batch size, guesses of the trees of this step
+        self._given: dict[int, list[int]] = {}  # by batch size, guesses of the trees of this step
 
     def timed(self, batch: int, step_ms: float) -> None:
-        """A step over the trees given out last, without prompt tokens, took so long; told apart only where all were of one size."""
-        given = self._given.pop(batch, set())
+        """A step over the trees given out last, without prompt tokens, took so long: as long as with trees of their mean size."""
+        given = self._given.pop(batch, [])
         self._given.clear()
-        if len(given) == 1:
-            self._times(bucket(batch)).add(given.pop(), step_ms)
+        if len(given) == batch:
+            self._times(bucket(batch)).add(round(sum(given) / batch), step_ms)
 
     @property
     def max_nodes(self) -> int:
@@ -153,8 +153,10 @@ class TreeChoice:
         if self.fixed is not None:
             return self.fixed
         tree, times = self._choose(batch, greedy, self._class_of(greedy, request)), self._times(bucket(batch))
-        times.grown(tree)
-        self._given.setdefault(batch, set()).add(len(tree))
+        given = self._given.setdefault(batch, [])
+        if not given:  # once a step
+            times.grown(tree)
+        given.append(len(tree))
         return tree
 
     def _class_of(self, greedy: bool, request: str | None) -> int:
@@ -175,9 +177,10 @@ class TreeChoice:
         return self.times.setdefault(size, StepTimes())
 
     def room(self, batch: int) -> int:
-        """Nodes of the largest tree given out at this batch size, by the classes of the requests that there are."""
+        """Nodes of the largest tree given out at this batch size, by the classes of the requests that there are. Asked as a step begins."""
         if self.fixed is not None:
             return len(self.fixed)
+        self._given.clear()
         kinds = {(greedy, self._class_of(greedy, name)) for name, (greedy, _) in self._ease.items()}
         some = [greedy for greedy, counter in self.counters.items() if counter.decisions] or list(self.counters)
         kinds |= {(greedy, self._class_of(greedy, None)) for greedy in some}
