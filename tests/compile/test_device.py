@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.compile import gpu
 from benchmarks.harness import compare
+from tests.interpreter import DEVICE, inside, outside, run_inside
 from wager.compile import api, device
 from wager.compile.fused import Settings
 from wager.compile.mirage.generate import Limits
@@ -27,26 +26,12 @@ from wager.graph.program import BlockBuilder, Builder
 from wager.graph.trace import trace
 from wager.graph.verify.floating import expected, judge
 
-ROOT = Path(__file__).parents[2]
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = gpu.workloads(64)
 
 
-@pytest.mark.skipif(INSIDE, reason="already inside the interpreter or on a GPU")
-@pytest.mark.skipif(not triton.available(), reason="triton is not installed")
+@outside
 def test_under_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
-         "--override-ini=addopts=--import-mode=importlib", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
-
-
-inside = pytest.mark.skipif(not (INSIDE and triton.available()), reason="runs inside test_under_the_interpreter")
+    run_inside(__file__)
 
 
 @pytest.fixture

@@ -1,11 +1,6 @@
 """The code that runs on a GPU, here through torch on the processor (`cpu:0`): neighbours to the bit, scores to rounding, the budget kept."""
 
-import importlib.util
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -15,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.detect.data import KINDS, points
+from tests.interpreter import inside, outside, run_inside
 from wager.detect import tod
 from wager.detect.registry import TABULAR
 from wager.detect.tod import device, device_knn, device_operators, native, operators, plan
@@ -25,7 +21,6 @@ from wager.detect.tod.device_knn import DeviceSearch, Distinct, Level
 from wager.detect.tod.knn import Neighbors, exact_neighbors, nearest
 from wager.errors import CapacityError, UsageError
 
-ROOT = Path(__file__).parents[2]
 THERE = "cuda" if torch.cuda.is_available() else "cpu:0"
 WAYS = [Execution(THERE), Execution(THERE, precision="fp64"), Execution(THERE, batch_rows=17)]
 
@@ -249,25 +244,13 @@ def test_refusals():
 
 # -- the kernel that decides on a GPU ----------------------------------------------------------------------------------------------------
 
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
-present = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-
-@present
-@pytest.mark.skipif(INSIDE, reason="already inside the interpreter or on a GPU")
+@outside
 def test_the_kernel_under_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "kernel_sums",
-         "--override-ini=addopts=--import-mode=importlib", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
+    run_inside(__file__, "-k", "kernel_sums")
 
 
-@present
-@pytest.mark.skipif(not INSIDE, reason="runs inside test_the_kernel_under_the_interpreter")
+@inside
 @pytest.mark.parametrize("d", [1, 3, 8, 9, 62])
 def test_the_kernel_sums_as_the_processor_does(d):
     from wager.detect.tod import triton_pairs

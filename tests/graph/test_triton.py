@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
+from tests.interpreter import DEVICE, inside, outside, run_inside
 from wager.compile.mirage.generate import Limits
 from wager.compile.prism import search as symbolic
 from wager.compile.prism.family import member_sizes
@@ -21,9 +17,6 @@ from wager.graph.lower import triton
 from wager.graph.program import BlockBuilder, Builder
 from wager.graph.verify.twin import shrink
 
-ROOT = Path(__file__).parents[2]
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORKLOADS = {
     "RMSNorm+matmul": (published.rmsnorm_matmul(8, 32, 48), 7),
     "gated MLP": (published.gated_mlp(4, 32, 48), 10),
@@ -33,20 +26,9 @@ WORKLOADS = {
 }
 
 
-@pytest.mark.skipif(INSIDE, reason="already inside the interpreter or on a GPU")
-@pytest.mark.skipif(not triton.available(), reason="triton is not installed")
+@outside
 def test_under_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
-         "--override-ini=addopts=--import-mode=importlib", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
-
-
-inside = pytest.mark.skipif(not (INSIDE and triton.available()), reason="runs inside test_under_the_interpreter")
+    run_inside(__file__)
 
 
 def agrees(program, member, rng):

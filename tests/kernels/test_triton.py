@@ -1,41 +1,20 @@
 """The Triton forms against the reference: on a GPU where there is one, else in a process of their own under Triton's interpreter."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
-present = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+from tests.interpreter import DEVICE, inside, outside, run_inside
 
 
-@present
-@pytest.mark.skipif(INSIDE, reason="already inside the interpreter or on a GPU")
+@outside
 def test_under_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
-         "--override-ini=addopts=--import-mode=importlib", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
-
-
-inside = pytest.mark.skipif(not INSIDE, reason="runs inside test_under_the_interpreter")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    run_inside(__file__)
 
 
 def randn(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-@present
 @inside
 def test_norms_gates_and_rotation():
     from wager.kernels import reference, triton_forms
@@ -58,7 +37,6 @@ def test_norms_gates_and_rotation():
         torch.testing.assert_close(got, want)
 
 
-@present
 @inside
 def test_writes():
     from wager.kernels import reference, triton_forms
@@ -71,7 +49,6 @@ def test_writes():
     assert torch.equal(*pools)
 
 
-@present
 @inside
 @pytest.mark.parametrize("mode", [None, "int8", "int4", "nf4", "w8a8", "w4a8", "w16a16"])
 @pytest.mark.parametrize("rows,inputs,outputs", [(1, 64, 64), (5, 96, 40), (20, 130, 70)])
@@ -84,7 +61,6 @@ def test_linears(mode, rows, inputs, outputs):
     torch.testing.assert_close(got, ReferenceLinear(weight, bias, mode)(x), atol=2e-4, rtol=2e-4)
 
 
-@present
 @inside
 @pytest.mark.parametrize("mode", [None, "int8", "int4", "nf4", "w8a8", "w4a8", "w16a16"])
 @pytest.mark.parametrize("inputs,outputs", [(64, 64), (96, 36), (130, 70), (2048, 6)])
@@ -110,7 +86,6 @@ def test_one_token_takes_norm_gate_and_residual_along(mode, inputs, outputs):
             torch.testing.assert_close(got[:1], plain.gated(normed, activation), **close)
 
 
-@present
 @inside
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 @pytest.mark.parametrize("tile", [(1, 64, 1), (4, 128, 3), (16, 256, 1)])
@@ -128,7 +103,6 @@ def test_every_cut_gives_the_same_product(mode, tile):
     torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
 
 
-@present
 @inside
 def test_a_block_of_one_token():
     """The fused block against its operators one by one, twice in a row: the stream it returns has everything added."""
@@ -152,7 +126,6 @@ def test_a_block_of_one_token():
         torch.testing.assert_close(stream, want, atol=1e-4, rtol=1e-4)
 
 
-@present
 @inside
 def test_llama_over_one_token_is_llama_over_several():
     """A whole model whose linears are packed for Triton: its fused block against the plain one."""
@@ -177,7 +150,6 @@ def test_llama_over_one_token_is_llama_over_several():
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-@present
 @inside
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("tree", [False, True])
@@ -197,7 +169,6 @@ def test_attention(window, tree, sinks, latent):
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
-@present
 @inside
 def test_long_contexts_are_cut_and_combined(monkeypatch):
     from tests.kernels.test_native import build
@@ -218,7 +189,6 @@ def test_long_contexts_are_cut_and_combined(monkeypatch):
     assert all(pieces > 1 and pieces * keys >= 208 for pieces, keys in cuts)
 
 
-@present
 @inside
 def test_keys_are_cut_to_fill_the_device_and_no_further():
     from wager.kernels.triton_attention import KEYS, PIECE, PROGRAMS, cut
@@ -231,7 +201,6 @@ def test_keys_are_cut_to_fill_the_device_and_no_further():
         assert pieces <= -(-most // PIECE) and rows * (pieces - 1) < PROGRAMS * 132
 
 
-@present
 @inside
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_grown_tree_sees_cached_rows_beyond_its_own_length(window):
@@ -249,7 +218,6 @@ def test_a_grown_tree_sees_cached_rows_beyond_its_own_length(window):
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
-@present
 @inside
 def test_layer_norm_rope_write_and_embedding():
     from wager.kernels import reference, triton_forms
@@ -272,7 +240,6 @@ def test_layer_norm_rope_write_and_embedding():
     torch.testing.assert_close(triton_forms.embedding(ids, table), table[ids])
 
 
-@present
 @inside
 def test_sort_and_reduce():
     from wager.kernels import reference, triton_forms
@@ -289,7 +256,6 @@ def test_sort_and_reduce():
         torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
 
 
-@present
 @inside
 @pytest.mark.parametrize("mode", [None, "int8", "int4", "nf4"])
 def test_experts(mode):
@@ -310,7 +276,6 @@ def test_experts(mode):
     assert triton_forms.pack_experts([(None, None)], "silu") is None
 
 
-@present
 @inside
 def test_sampling():
     from tests.kernels.test_data_operators import ROWS, columns
