@@ -7,7 +7,8 @@ key, so a tree's rows may see cached rows of earlier levels beyond the span's le
 Shape legend: T tokens, H query heads, G key/value heads, K key width, V value width, S pool slots, R spans, B blocks of a table row, P words.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import torch

@@ -3,7 +3,8 @@
 Shape legend: T tokens, D width, I half of a fused gate and up projection, H/G heads, K/V head widths, S pool slots, R rotated pairs.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import torch

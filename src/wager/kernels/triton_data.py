@@ -6,7 +6,8 @@ sorting; the same numbers as on a CPU decide, so the same token is drawn up to r
 Shape legend: N rows, M picked rows, S segments, D width, V vocabulary, L rows of logits, W vocabulary.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import torch

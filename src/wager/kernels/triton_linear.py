@@ -8,7 +8,8 @@ low halves its first 16 inputs, the high halves the others, with a float16 scale
 Shape legend: T tokens, I/O inputs and outputs, R rows of a program.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 from __future__ import annotations
 
 from typing import Any

@@ -4,7 +4,8 @@ Eight running sums over the features, each step one fused multiply-add, folded i
 processor that has fused multiply-add. Legend: P pairs, R rows asked about, N base rows, D features.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import torch
