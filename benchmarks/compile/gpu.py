@@ -312,6 +312,7 @@ def main() -> None:
         print(f"{name}: {error}")
     if not args.quick:
         say(f"saved {report.save()}")
+    sys.exit(1 if failed else 0)
 
 
 def run_all(names: Sequence[str], folder: Path, budget_s: float, given: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -16,11 +16,12 @@ The ensemble's baseline is the sum of PyOD's single fits. Saved after every row;
 from __future__ import annotations
 
 import statistics
-import threading
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import numpy as np
 from benchmarks.detect.equality import NOISE, TOLERANCE, broken_ties
 from benchmarks.detect.tod import COF_ROWS, ENSEMBLE, SEEDED, table
 from benchmarks.harness import Report, Row, arguments, say
-from benchmarks.worker import Worker
+from benchmarks.worker import Worker, WorkerError
 from wager.detect import tod
 from wager.detect.registry import TABULAR
 from wager.detect.tod import native
@@ -73,27 +74,30 @@ def main() -> None:
     sets = dict(sorted(sets.items(), key=lambda item: len(item[1])))
     bench = Bench(args.device, names, sets, args.repeats or (2 if args.quick else 6), args.name)
     paths = {n: str(args.data / f"{n}.npz") for n in sets}
-    section("PyOD", lambda: bench.ask_peer(args.peer_python, paths, budget_s, args.untied_s))
+    failed: list[str] = []
+    section("PyOD", lambda: bench.ask_peer(args.peer_python, paths, budget_s, args.untied_s), failed)
     for name in sets:
         for det in names:
-            section(f"{det} on {name}", lambda det=det, name=name: bench.single(det, name))
-        section(f"ensemble on {name}", lambda name=name: bench.ensemble(name))
-        section(f"a budget on {name}", lambda name=name: bench.budget(name))
+            section(f"{det} on {name}", lambda det=det, name=name: bench.single(det, name), failed)
+        section(f"ensemble on {name}", lambda name=name: bench.ensemble(name), failed)
+        section(f"a budget on {name}", lambda name=name: bench.budget(name), failed)
         if args.profile:
-            section(f"profile of {name}", lambda name=name: bench.profile(name))
-    bench.report.facts["means"] = bench.means()
+            section(f"profile of {name}", lambda name=name: bench.profile(name), failed)
+    bench.report.facts |= {"means": bench.means(), "failed": failed}
     print(bench.report.table())
     for line in (*bench.lines, *(f"{k}: {v}" for k, v in bench.means().items())):
         print(line)
     print(f"written: {bench.report.save()}")
+    sys.exit(1 if failed else 0)
 
 
-def section(title: str, do: Callable[[], None]) -> None:
-    """One part; if it fails, the others still run."""
+def section(title: str, do: Callable[[], None], failed: list[str]) -> None:
+    """One part; if it fails, the others still run, and the record and the exit status say so."""
     start = time.perf_counter()
     try:
         do()
-    except Exception:
+    except Exception as error:
+        failed.append(f"{title}: {error!r:.200}")
         say(f"{title} failed\n{traceback.format_exc()}")
     say(f"[{title}: {time.perf_counter() - start:.1f} s]")
 
@@ -135,12 +139,10 @@ class Bench:
             failed: dict[str, str] = {}
             tasks = [lambda: failed.update(single.call("ready", names=self.names, tables=paths)),
                      lambda: whole.call("ready", names=self.names, tables=paths), self.wake]  # fmt: skip
-            threads = [threading.Thread(target=guarded, args=(task,)) for task in tasks]
             start = time.perf_counter()
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with ThreadPoolExecutor(len(tasks)) as pool:
+                for waiting in [pool.submit(task) for task in tasks]:
+                    waiting.result()
             say(f"PyOD and the GPU are warm after {time.perf_counter() - start:.1f} s; cannot run: {failed or 'none'}")
             self.report.facts["left_out"] |= failed
             keys = [(d, n) for d in self.names for n in self.sets if d not in failed]
@@ -150,7 +152,7 @@ class Bench:
             self.ask_untied(single, [key for key in keys if key[0] in TIED], untied_s)
         for key in keys:
             if key not in self.peer:
-                self.report.facts["left_out"][f"{key[0]} on {key[1]}"] = "PyOD did not end within the budget"
+                self.report.facts["left_out"].setdefault(f"{key[0]} on {key[1]}", "PyOD did not end within the budget")
 
     def runs_alone(self, det: str, name: str) -> bool:
         return det in SHORT or (det in NEIGHBORS and self.sets[name].shape[1] >= BRUTE_FROM)
@@ -181,8 +183,8 @@ class Bench:
             more = {"n_jobs": -1} if store is self.peer_all else {}
             try:
                 value = worker.call("alone", **self.job(det, name, **more), repeats=3 if det in SHORT else 1)
-            except Exception:
-                say(traceback.format_exc())
+            except WorkerError as error:
+                self.report.facts["left_out"][f"{det} on {name}{', n_jobs=-1' if more else ''}"] = f"{error!s:.200}"
                 continue
             store[det, name] = value | {"how": "alone"}
             say(f"PyOD {det} on {name}{', n_jobs=-1' if more else ''}: {statistics.median(value['seconds']):.3f} s")
@@ -341,13 +343,6 @@ class Bench:
     def save(self) -> None:
         self.report.facts["means"] = self.means()
         self.report.save()
-
-
-def guarded(task: Callable[[], Any]) -> None:
-    try:
-        task()
-    except Exception:
-        say(traceback.format_exc())
 
 
 def gap(ours: np.ndarray, theirs: np.ndarray) -> tuple[int, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -471,6 +472,7 @@ def main() -> None:
     with torch.inference_mode():
         failed = run_sections(sections, wanted, report)
     print(json.dumps({"failed": failed, "seconds": report.facts["seconds"]}))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import gc
 import json
 import logging
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -368,6 +369,7 @@ def main() -> None:
             parser.error(f"unknown sections {sorted(unknown)}; there are {', '.join(sections)}")
         failed = run_sections(sections, chosen.sections.split(","), report)
     print(json.dumps({"failed": failed, "seconds": report.facts["seconds"]}))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from wager.compile.mirage.generate import Limits
 from wager.compile.prism import search as symbolic
 from wager.errors import UsageError
 from wager.graph import cuda_timer, published
-from wager.graph.lower import triton
+from wager.graph.lower import triton, triton_source
 from wager.graph.program import BlockBuilder, Builder
 from wager.graph.trace import trace
 from wager.graph.verify.floating import expected, judge
@@ -166,7 +166,7 @@ def test_the_source_adds_products_in_place_and_keeps_half_operands():
     program = published.gated_mlp(8, 64, 64)
     family = symbolic.search(program, Limits(10, budget_s=3600)).families[0]
     member = device.members([family], program, 2, 1)[0].program.kernels[0]
-    text = triton.block_source(member.block, program.input_shapes, kinds=[torch.float16] * 3)
+    text = triton_source.block_source(member.block, program.input_shapes, kinds=[torch.float16] * 3)
     assert text.count("acc=t") == 2 and ".to(tl.float32)" not in text
     compile(text, "kernel", "exec")
 
@@ -191,7 +191,9 @@ def test_members_at_the_published_sizes(name, ops, has):
         (block,) = (k.block for k in member.program.kernels)
         assert block is not None and block.blocks >= device.LEAST_BLOCKS
         for launch in device.launches_of(block, 2):
-            assert launch.stages == 1 or launch.stages * triton.loaded_bytes(block, 2) <= triton.SHARED_BYTES
+            assert (
+                launch.stages == 1 or launch.stages * triton_source.loaded_bytes(block, 2) <= triton_source.SHARED_BYTES
+            )
     (best,) = (k.block for k in some[0].program.kernels)
     assert best is not None and has <= {n.op for n in best.nodes} and best.blocks >= 64
 

@@ -13,7 +13,7 @@ from wager.compile.prism.family import member_sizes
 from wager.errors import UsageError
 from wager.graph import published
 from wager.graph.interpret import run
-from wager.graph.lower import triton
+from wager.graph.lower import triton, triton_source
 from wager.graph.program import BlockBuilder, Builder
 from wager.graph.verify.twin import shrink
 
@@ -112,10 +112,10 @@ def test_source_can_be_read_and_what_has_no_form_is_refused():
     block = BlockBuilder([(4, 8)], (1, 1, 1), 1)
     block.output(block.accum(block.sum(block.input(0, (-1, -1, -1)), dim=0, width=2)), (-1, -1, -1))
     with pytest.raises(UsageError, match="dimension 0 down to 2"):
-        triton.block_source(block.build(), [(4, 8)])
+        triton_source.block_source(block.build(), [(4, 8)])
     program, ops = WORKLOADS["gated MLP"]
     family = symbolic.search(program, Limits(max_block_ops=ops, budget_s=3600)).families[0]
     member = family.instantiate(program.input_shapes, member_sizes(family, program.input_shapes)[0])
-    text = triton.block_source(member.kernels[0].block, program.input_shapes)
+    text = triton_source.block_source(member.kernels[0].block, program.input_shapes)
     assert "tl.dot" in text and "tl.sigmoid" in text
     compile(text, "kernel", "exec")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from wager.compile import cache as found_before
-from wager.compile.fused import FUSABLE, Settings, Told, certificate
+from wager.compile.fused import Settings, Told, certificate, refusal
 from wager.compile.mirage.generate import Progress
 from wager.compile.prism import search as prism_search
 from wager.compile.prism.family import Family, block_of, member_sizes
@@ -28,7 +28,8 @@ from wager.compile.report import Report
 from wager.compile.views import absorb, restore
 from wager.errors import UsageError
 from wager.graph import cuda_timer
-from wager.graph.lower.triton import SHARED_BYTES, Launch, TritonProgram, default_launch, loaded_bytes, padded
+from wager.graph.lower.triton import TritonProgram
+from wager.graph.lower.triton_source import SHARED_BYTES, Launch, default_launch, loaded_bytes, padded
 from wager.graph.operators import Shape
 from wager.graph.program import BlockGraph, Program
 from wager.graph.trace import Traced
@@ -230,10 +231,8 @@ def superoptimize(
         raise UsageError(f"search {settings.search!r} makes kernels for a CPU; on a GPU use prism")
     program = absorb(traced.program)
     report = Report(settings.search, "original", "", 0.0, 0.0, 0.0, 0.0)
-    strange = sorted({n.op for n in program.nodes} - FUSABLE)
-    if strange or len(program.outputs) != 1:
-        what = f"operators {', '.join(strange)}" if strange else f"{len(program.outputs)} outputs"
-        report.reason = f"{what} cannot enter a fused kernel; the original is kept"
+    report.reason = refusal(program)
+    if report.reason:
         return None, traced.program, report
     kind = str(inputs[0].dtype), [tuple(x.stride()) for x in inputs]
     place = found_before.path(

@@ -46,16 +46,23 @@ class Settings:
     cache: bool = True
 
 
+def refusal(program: Program) -> str:
+    """Why a program cannot become a fused kernel; empty when it can."""
+    strange = sorted({n.op for n in program.nodes} - FUSABLE)
+    if not strange and len(program.outputs) == 1:
+        return ""
+    what = f"operators {', '.join(strange)}" if strange else f"{len(program.outputs)} outputs"
+    return f"{what} cannot enter a fused kernel; the original is kept"
+
+
 def superoptimize(
     traced: Traced, inputs: Sequence[Tensor], settings: Settings, say: Callable[[str], None] | None = None
 ) -> tuple[Any, Program, Report]:
     """What runs (None: the original), its program, and the report."""
     program, limits = absorb(traced.program), settings.limits
     report = Report(settings.search, "original", "", 0.0, 0.0, 0.0, 0.0)
-    strange = sorted({n.op for n in program.nodes} - FUSABLE)
-    if strange or len(program.outputs) != 1:
-        what = f"operators {', '.join(strange)}" if strange else f"{len(program.outputs)} outputs"
-        report.reason = f"{what} cannot enter a fused kernel; the original is kept"
+    report.reason = refusal(program)
+    if report.reason:
         return None, traced.program, report
     place = found_before.path(traced.program, settings.search, limits, settings.samples)
     if settings.cache and (known := _remembered(place, traced, report)) is not None:

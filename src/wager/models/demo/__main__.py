@@ -153,7 +153,19 @@ def main(
     if preset not in PRESETS:
         known = ", ".join((*PRESETS, *clocked))
         raise typer.BadParameter(f"{preset!r} is unknown; use one of {known}", param_hint="--preset")
-    chosen = PRESETS[preset]
+    _pair(PRESETS[preset], out, data, (target_minutes, draft_minutes), scale, processes, only)
+
+
+def _pair(
+    chosen: Preset,
+    out: Path,
+    data: Path | None,
+    minutes: tuple[float | None, float | None],
+    scale: float,
+    processes: int | None,
+    only: str | None,
+) -> None:
+    """The stages of a preset that is bounded by its tokens. minutes: most of the target's training and of the draft's."""
     cuda = torch.cuda.is_available()
     common: dict[str, Any] = {
         "device": "cuda" if cuda else "cpu",
@@ -173,12 +185,12 @@ def main(
     }
     if "corpus" in stages:
         _corpus(chosen, data, streams, {out / name: config for name, config in configs.items()})
-    target = Recipe(int(chosen.target_tokens * scale), minutes=target_minutes, start=starts["demo"], **common)
+    target = Recipe(int(chosen.target_tokens * scale), minutes=minutes[0], start=starts["demo"], **common)
     if "target" in stages:
         train(configs["demo"], streams / "train.npy", out / "demo", target)
     if "draft" in stages:
         draft = Recipe(
-            int(chosen.draft_tokens * scale), minutes=draft_minutes, seed=1, teacher=str(out / "demo"),
+            int(chosen.draft_tokens * scale), minutes=minutes[1], seed=1, teacher=str(out / "demo"),
             start=starts["demo-draft"], **common,
         )  # fmt: skip
         train(configs["demo-draft"], streams / "train.npy", out / "demo-draft", draft)

@@ -1,7 +1,7 @@
 """Which token tree to grow at which batch size: planned from measured times and counted acceptance, corrected by the steps themselves.
 
 The profile that an engine measures when it starts says which tree should be fastest; the steps of real requests say which is. For each
-batch size and number of guesses a running average of real steps is kept. The choice begins at the planned tree, tries its neighbours in
+batch size and number of guesses the median of the latest real steps is kept. The choice begins at the planned tree, tries its neighbours in
 size for some steps, moves to the better one, and so on until both neighbours are worse.
 
 Texts differ in how easily they are guessed more than anything else does. So requests fall into classes by how many of their latest guesses
