@@ -89,3 +89,11 @@ def test_ancestor_bits_match_paths():
         visible = {j for j in range(7) if bits[node + 1, 0] >> np.uint64(j) & np.uint64(1)}
         assert visible == {0, *(n + 1 for n in TREE.path(node))}
     assert TREE.depths().tolist() == [1, 1, 2, 2, 3, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [[0, 1, 2, 3], [1, 3], [3]])
+def test_logits_of_some_rows_are_those_rows_of_all_logits(runner, wanted, dtype):
+    hidden_TD = torch.randn(4, runner.model.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = torch.tensor(wanted)
+    assert torch.equal(runner.logits(hidden_TD, rows), runner.model.logits(hidden_TD.float())[rows])

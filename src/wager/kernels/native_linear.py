@@ -103,10 +103,11 @@ class NativeLinear:
             raise UsageError(
                 f"this linear takes rows of {self.inputs} values, got a tensor of shape {tuple(x_TI.shape)}"
             )
+        x_TI = x_TI.float()
         if self.order is not None:
             x_TI = x_TI[:, self.order]
         x = F.pad(x_TI, (0, self.padding)) if self.padding else x_TI.contiguous()
-        residual = None if residual_TO is None else residual_TO.contiguous()
+        residual = None if residual_TO is None else residual_TO.float().contiguous()
         y_TO = torch.empty(x.shape[0], outputs)
         if x.shape[0]:
             self._function(ctypes.byref(self.arguments(x, y_TO, activation, residual)))

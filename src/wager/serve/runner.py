@@ -218,10 +218,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits(self, hidden_TD: Tensor, rows: Tensor) -> Tensor:
-        """float32 logits [L, W] of the given rows; they may lie in a buffer that the next pass uses again."""
+        """float32 logits [L, W] of the given rows, in ascending order; they may lie in a buffer that the next pass uses again."""
         if self.graphs is not None and (made := self.graphs.logits(hidden_TD, rows)) is not None:
             return made
-        return self.model.logits(hidden_TD.index_select(0, rows))
+        if len(rows) < len(hidden_TD):  # else all of them, in order
+            hidden_TD = _gather(hidden_TD, rows)
+        return self.model.logits(hidden_TD)
 
     def keep_tree_path(self, span: Span, path: Sequence[int]) -> None:
         """Move the KV of the accepted tree nodes (numbers along one root path) to where a chain would have put it."""
@@ -251,6 +253,12 @@ def layer_groups(model: Model) -> list[int]:
         for layer in group.layers:
             numbers[layer] = number
     return numbers
+
+
+def _gather(hidden_TD: Tensor, rows: Tensor) -> Tensor:
+    """Some rows. On a CPU without torch's threads: once woken they keep their cores busy for milliseconds, which the kernels' threads need."""
+    native = hidden_TD.device.type == "cpu" and hidden_TD.dtype == torch.float32
+    return kernels.embedding(rows, hidden_TD) if native else hidden_TD.index_select(0, rows)
 
 
 def _token_parts(span: SpanInput) -> list[np.ndarray]:
