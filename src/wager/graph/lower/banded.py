@@ -21,7 +21,8 @@ from wager.errors import UsageError
 from wager.graph.lower.library import POINTER, compile_source
 
 MAX_DIAGONALS = 4096
-KINDS = ("products", "sums")
+KINDS = {"products": ("panels", "products"), "sums": ("sums",)}
+"""The native forms of each product, by the name of the C++ function."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,17 @@ def library() -> Any:
     """The compiled kernels."""
     text = f"#include <omp.h>\nconstexpr long MAX_BAND = {MAX_DIAGONALS + 8};\n"
     loaded = compile_source([text, (Path(__file__).parent / "banded.h").read_text()], "wager_banded", products=False)
-    for kind in KINDS:
-        function = getattr(loaded, f"wager_band_{kind}")
+    for name in sum(KINDS.values(), ()):
+        function = getattr(loaded, f"wager_band_{name}")
         function.argtypes, function.restype = (*[POINTER] * 6, ctypes.c_long), None
+        size = getattr(loaded, f"wager_band_{name}_scratch")
+        size.argtypes, size.restype = (POINTER,), ctypes.c_long
     return loaded
+
+
+def best_form(kind: str, features: int, diagonals: int) -> str:
+    """Which native form to use: panels are of no use to a band that is narrower than one."""
+    return KINDS[kind][-1] if diagonals < 16 else KINDS[kind][0]
 
 
 class BandedProduct:
@@ -66,20 +74,26 @@ class BandedProduct:
         diagonals: int,
         offset: int,
         shape: tuple[int, ...],
+        form: str | None = None,
     ):
-        """`shape` of the result, which `out` points into. Raises UsageError for a band wider than the kernel's tables."""
+        """`shape` of the result, which `out` points into; `form` is one of KINDS, else what suits the sizes.
+
+        Raises UsageError for a band wider than the kernel's tables.
+        """
         if kind not in KINDS:
             raise UsageError(f"banded product {kind!r} is unknown; known: {', '.join(KINDS)}")
         if diagonals > MAX_DIAGONALS:
             raise UsageError(f"a band of {diagonals} diagonals; at most {MAX_DIAGONALS} are supported")
+        self.form = form or best_form(kind, features, diagonals)
         self.kind, self.shape, self.threads = kind, shape, torch.get_num_threads()
         self.tables = [np.ascontiguousarray(r.starts, np.int64) for r in (left, right, out)]
         batch, length = left.starts.shape
         sizes = (batch, length, right.starts.shape[1], features, diagonals, offset)
         self.structure = _Banded(*sizes, *(t.ctypes.data for t in self.tables))
-        self.function = getattr(library(), f"wager_band_{kind}")
+        self.function = getattr(library(), f"wager_band_{self.form}")
         self.zeros = torch.zeros(max(features, diagonals) + 32)
-        self.scratch = torch.empty(self.threads * (diagonals + 7) * 8)
+        per_thread = getattr(library(), f"wager_band_{self.form}_scratch")(ctypes.addressof(self.structure))
+        self.scratch = torch.empty(self.threads * per_thread)
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
         left, right = left.contiguous(), right.contiguous()
