@@ -3,11 +3,14 @@
 `products`: out[n, m, d] = sum over f of left[n, m, f] * right[n, m + offset + d, f]. `sums`: out[n, m, f] = sum over d of
 left[n, m, d] * right[n, m + offset + d, f]. Where rows start is given by tables, so that a dilated band (rows of one residue class are
 neighbours), a permuted result and rows outside the tensor cost no copy: a row at -1 is zero. fp32; the C++ side is banded.h.
+
+`products` has two forms: lanes over the features (narrow bands), and lanes over the right rows, which are transposed in panels (wide ones).
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -44,10 +47,12 @@ class _Banded(ctypes.Structure):
 
 
 @cache
-def library() -> Any:
-    """The compiled kernels."""
+def library(march: str = "native") -> Any:
+    """The compiled kernels, for the compiler's -march."""
     text = f"#include <omp.h>\nconstexpr long MAX_BAND = {MAX_DIAGONALS + 8};\n"
-    loaded = compile_source([text, (Path(__file__).parent / "banded.h").read_text()], "wager_banded", products=False)
+    loaded = compile_source(
+        [text, (Path(__file__).parent / "banded.h").read_text()], "wager_banded", products=False, march=march
+    )
     for name in sum(KINDS.values(), ()):
         function = getattr(loaded, f"wager_band_{name}")
         function.argtypes, function.restype = (*[POINTER] * 6, ctypes.c_long), None
@@ -56,9 +61,13 @@ def library() -> Any:
     return loaded
 
 
-def best_form(kind: str, features: int, diagonals: int) -> str:
-    """Which native form to use: panels are of no use to a band that is narrower than one."""
-    return KINDS[kind][-1] if diagonals < 16 else KINDS[kind][0]
+NARROW_DIAGONALS = 7
+"""Bands of fewer diagonals leave most of a panel's lanes unused; at 7 both forms take as long (512 features) or panels less (64)."""
+
+
+def best_form(kind: str, diagonals: int) -> str:
+    """Which native form suits a band."""
+    return KINDS[kind][-1] if diagonals < NARROW_DIAGONALS else KINDS[kind][0]
 
 
 class BandedProduct:
@@ -75,8 +84,9 @@ class BandedProduct:
         offset: int,
         shape: tuple[int, ...],
         form: str | None = None,
+        march: str = "native",
     ):
-        """`shape` of the result, which `out` points into; `form` is one of KINDS, else what suits the sizes.
+        """`shape` of the result, which `out` points into; `form` is one of KINDS, else what suits the sizes; `march` is the compiler's.
 
         Raises UsageError for a band wider than the kernel's tables.
         """
@@ -84,22 +94,24 @@ class BandedProduct:
             raise UsageError(f"banded product {kind!r} is unknown; known: {', '.join(KINDS)}")
         if diagonals > MAX_DIAGONALS:
             raise UsageError(f"a band of {diagonals} diagonals; at most {MAX_DIAGONALS} are supported")
-        self.form = form or best_form(kind, features, diagonals)
+        self.form = form or best_form(kind, diagonals)
         self.kind, self.shape, self.threads = kind, shape, torch.get_num_threads()
         self.tables = [np.ascontiguousarray(r.starts, np.int64) for r in (left, right, out)]
         batch, length = left.starts.shape
         sizes = (batch, length, right.starts.shape[1], features, diagonals, offset)
         self.structure = _Banded(*sizes, *(t.ctypes.data for t in self.tables))
-        self.function = getattr(library(), f"wager_band_{self.form}")
+        native = library(march)
+        self.function = getattr(native, f"wager_band_{self.form}")
         self.zeros = torch.zeros(max(features, diagonals) + 32)
-        per_thread = getattr(library(), f"wager_band_{self.form}_scratch")(ctypes.addressof(self.structure))
-        self.scratch = torch.empty(self.threads * per_thread)
+        per_thread = getattr(native, f"wager_band_{self.form}_scratch")(ctypes.addressof(self.structure))
+        self.scratch, self.lock = torch.empty(self.threads * per_thread), threading.Lock()
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
         left, right = left.contiguous(), right.contiguous()
         out = torch.empty(self.shape)
-        self.function(
-            ctypes.addressof(self.structure), left.data_ptr(), right.data_ptr(), out.data_ptr(), self.zeros.data_ptr(),
-            self.scratch.data_ptr(), self.threads,
-        )  # fmt: skip
+        with self.lock:  # one scratch
+            self.function(
+                ctypes.addressof(self.structure), left.data_ptr(), right.data_ptr(), out.data_ptr(), self.zeros.data_ptr(),
+                self.scratch.data_ptr(), self.threads,
+            )  # fmt: skip
         return out
