@@ -68,7 +68,7 @@ def measure_cases(
 
         contenders = {
             "torch.compile": baseline,
-            "wager": lambda done=done, inputs=inputs: _void(done(*inputs)),
+            "wager": lambda done=done, inputs=inputs: discard(done(*inputs)),
             "eager": eager,
         }
         rows += [r for r in compare(name, contenders, repeats=repeats, unit="s", progress=None) if r.ours == "wager"]
@@ -79,7 +79,7 @@ def measure_cases(
     return rows, facts
 
 
-def _void(_: Any) -> None:
+def discard(_: Any) -> None:
     return None
 
 

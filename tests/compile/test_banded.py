@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +20,9 @@ from wager.graph.execute import Executable
 from wager.graph.expression import Call, Scope, evaluate, inputs_of, map_reads
 from wager.graph.index import it
 from wager.graph.interpret import run
-from wager.graph.lower.banded import BandedProduct, Rows
+from wager.graph.lower.banded import KINDS, BandedProduct, Rows
 from wager.graph.trace import trace
+from wager.native import build
 
 MAKERS = (definitions.banded_matmul, definitions.banded_sum)
 SIZES = st.tuples(*(st.integers(1, n) for n in (2, 17, 20, 3, 4)))
@@ -84,13 +86,14 @@ def test_dilated_rows_are_read_where_they_lie():
     assert any(Plan(c.scope, {}).description == ["banded out"] for c in found.candidates)
 
 
+@pytest.mark.parametrize("form", KINDS["products"])
 @pytest.mark.parametrize("offset, others", [(-12, 20), (3, 9), (0, 1)])
-def test_rows_outside_are_zero_and_unwanted_rows_are_not_written(offset, others):
+def test_rows_outside_are_zero_and_unwanted_rows_are_not_written(offset, others, form):
     a, b = torch.randint(-3, 4, (1, 9, 33)).float(), torch.randint(-3, 4, (1, others, 33)).float()
     out = Rows.contiguous(1, 9, 6)
     out.starts[0, 4] = -1
     product = BandedProduct(
-        "products", Rows.contiguous(1, 9, 33), Rows.contiguous(1, others, 33), out, 33, 6, offset, (9, 6)
+        "products", Rows.contiguous(1, 9, 33), Rows.contiguous(1, others, 33), out, 33, 6, offset, (9, 6), form
     )
     want = torch.zeros(9, 6)
     for m in range(9):
@@ -102,6 +105,90 @@ def test_rows_outside_are_zero_and_unwanted_rows_are_not_written(offset, others)
     assert torch.equal(got, want)
     with pytest.raises(UsageError, match="at most"):
         BandedProduct("sums", out, out, out, 4, 5000, 0, (1,))
+
+
+def residue_rows(heads: int, length: int, width: int, dilation: int) -> Rows:
+    """Rows of every residue class as one batch entry; -1 where a class is shorter than the longest."""
+    head, residue, row = np.indices((heads, dilation, -(-length // dilation)))
+    at = row * dilation + residue
+    starts = np.where(at < length, (head * length + at) * width, -1)
+    return Rows(starts.reshape(heads * dilation, -1))
+
+
+def band_in_float64(
+    kind: str, left: torch.Tensor, right: torch.Tensor, diagonals: int, before: int, dilation: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product diagonal by diagonal, and the sum of the absolute values of its terms."""
+    length, a = left.shape[1], left.double()
+    padded = F.pad(right.double(), (0, 0, before * dilation, (diagonals - 1 - before) * dilation))
+    met = [padded[:, d * dilation : d * dilation + length] for d in range(diagonals)]
+    if kind == "products":
+        terms = [a * x for x in met]
+        return torch.stack([t.sum(-1) for t in terms], -1), torch.stack([t.abs().sum(-1) for t in terms], -1)
+    terms = torch.stack([a[..., d : d + 1] * x for d, x in enumerate(met)])
+    return terms.sum(0), terms.abs().sum(0)
+
+
+LEVELS = [level for level in ("avx2", "avx512") if build.runs_here(level)]
+BANDS = st.tuples(
+    st.integers(1, 2),  # heads
+    st.integers(1, 75),  # rows
+    st.integers(1, 70),  # features
+    st.integers(1, 70),  # diagonals
+    st.integers(1, 4),  # dilation
+)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind, form", [(k, f) for k, forms in KINDS.items() for f in forms])
+@given(sizes=BANDS, data=st.data())
+@settings(deadline=None)
+def test_every_native_form_is_exact_on_integers_and_within_its_bound(kind, form, level, sizes, data):
+    """Every row and diagonal is compared, so both ends of every residue class are; also bands to one side of the diagonal only."""
+    heads, length, features, diagonals, dilation = sizes
+    before = data.draw(st.integers(0, diagonals - 1), "diagonals before the row")
+    wide = (features, features, diagonals) if kind == "products" else (diagonals, features, features)
+    tables = [residue_rows(heads, length, w, dilation) for w in wide]
+    shape = (heads, length, wide[2])
+    run = BandedProduct(kind, *tables, features, diagonals, -before, shape, form, build.LEVELS[level])
+    random = torch.Generator().manual_seed(length)
+    left, right = (torch.randn(heads, length, w, generator=random) for w in wide[:2])
+    want, size = band_in_float64(kind, left, right, diagonals, before, dilation)
+    terms = features if kind == "products" else diagonals
+    assert ((run(left, right).double() - want).abs() <= (terms + 8) * 2**-24 * size).all()
+    left, right = (x.mul(3).round() for x in (left, right))
+    assert torch.equal(run(left, right).double(), band_in_float64(kind, left, right, diagonals, before, dilation)[0])
+
+
+@pytest.mark.parametrize("kind, form", [(k, f) for k, forms in KINDS.items() for f in forms])
+def test_a_row_that_is_no_number_spoils_only_the_rows_that_meet_it(kind, form):
+    """Rows of a tile or panel that lie outside a row's band must not enter its sum, not even times zero."""
+    left, right = torch.ones(1, 60, 48 if kind == "products" else 5), torch.ones(1, 60, 48)
+    right[0, 30] = float("nan")
+    tables = [Rows.contiguous(1, 60, w) for w in (left.shape[-1], 48, 5 if kind == "products" else 48)]
+    width = 5 if kind == "products" else 48
+    got = BandedProduct(kind, *tables, 48, 5, -2, (60, width), form)(left, right)
+    met = torch.arange(60)[:, None] + torch.arange(5) - 2 == 30
+    assert torch.equal(got.isnan(), met if kind == "products" else met.any(1, keepdim=True).expand(60, 48))
+
+
+def test_callers_side_by_side_do_not_share_scratch():
+    left, right = torch.randint(-3, 4, (2, 2, 400, 64)).float()
+    rows, out = Rows.contiguous(2, 400, 64), Rows.contiguous(2, 400, 65)
+    run = BandedProduct("products", rows, rows, out, 64, 65, -32, (2, 400, 65))
+    want = [band_in_float64("products", left * n, right, 65, 32, 1)[0] for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            got = pool.map(lambda n: run(left * n, right), range(4))
+            assert all(torch.equal(g.double(), w) for g, w in zip(got, want, strict=True))
+
+
+def test_the_form_follows_the_band():
+    def form(width: int) -> str:
+        rows = Rows.contiguous(1, 20, 8)
+        return BandedProduct("products", rows, rows, Rows.contiguous(1, 20, width), 8, width, 0, (1, 20, width)).form
+
+    assert [form(w) for w in (1, 6, 7, 65)] == ["products", "products", "panels", "panels"]
 
 
 def longformer(q, k, v, width=2, step=3):

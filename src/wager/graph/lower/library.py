@@ -50,8 +50,10 @@ def parts() -> Any:
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
-def compile_source(functions: Sequence[str], stem: str = "wager_program", products: bool = True) -> ctypes.CDLL:
-    """Loads a library with these functions (the runtime is put in front). Raises BuildError."""
+def compile_source(
+    functions: Sequence[str], stem: str = "wager_program", products: bool = True, march: str = "native"
+) -> ctypes.CDLL:
+    """Loads a library with these functions (the runtime is put in front), for the compiler's -march. Raises BuildError."""
     text = "\n".join([header("functions.h"), *([header("gemm.h")] if products else []), *functions])
     digest = hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
     folder = build.cache_dir() / "generated" / digest
@@ -61,7 +63,7 @@ def compile_source(functions: Sequence[str], stem: str = "wager_program", produc
         temporary = folder / f"{stem}.{os.getpid()}-{threading.get_ident()}.tmp"  # others may be writing the same text
         temporary.write_text(text)
         temporary.replace(path)
-    return build.load(stem, [path], FLAGS)
+    return build.load(stem, [path], FLAGS, march)
 
 
 @dataclass(frozen=True)

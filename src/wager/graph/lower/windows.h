@@ -68,12 +68,14 @@ static inline void wg_activate_row(float* x, long n, long activation, const floa
     }
 }
 
+constexpr long AHEAD = 48;  // rows of weights: every line of them is asked for, into the second cache, since the first has few places for misses
+
 // c[MR][2 vectors] += rows a[MR][K] times B[K][WIDTH].
 template <int MR>
 static inline __attribute__((always_inline)) void wg_run(vec (&c)[MR][2], const float* const* a, long K, const float* B) {
 #pragma GCC unroll 2
     for (long k = 0; k < K; k++) {
-        __builtin_prefetch(B + (k + 24) * WIDTH);
+        for (long l = 0; l < WIDTH; l += 16) __builtin_prefetch(B + (k + AHEAD) * WIDTH + l, 0, 2);
         const vec b0 = *(const vec*)(B + k * WIDTH), b1 = *(const vec*)(B + k * WIDTH + VECTOR);
 #pragma GCC unroll 12
         for (int i = 0; i < MR; i++) {
