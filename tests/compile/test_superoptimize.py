@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -189,6 +190,14 @@ def test_compile_returns_something_right_and_says_what(tmp_path):
     assert program == done.program and saved["reason"] == report.reason
     done.draw(tmp_path / "p.svg")
     assert (tmp_path / "p.svg").read_text().startswith("<svg")
+
+
+def test_what_cannot_be_checked_in_memory_is_not_searched_and_says_so(monkeypatch):
+    monkeypatch.setattr("wager.compile.api.psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    x, w = torch.randn(16, 64), torch.randn(64, 32)
+    done = wager.compile(lambda x, w: torch.exp(x) @ w, [x, w], search="prism", time_budget_s=5)
+    assert done.report().used == "original" and "0.0 GB are free" in done.report().reason
+    torch.testing.assert_close(done(x, w), torch.exp(x) @ w)
 
 
 def test_what_cannot_be_fused_is_explained():

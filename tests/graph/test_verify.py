@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from wager.graph.program import BlockBuilder, Builder, Program, from_json, to_js
 from wager.graph.verify.degree import applications
 from wager.graph.verify.family import prove
 from wager.graph.verify.finite_field import _one_trial, function_bound, trial_bound, verify
-from wager.graph.verify.floating import compare
+from wager.graph.verify.floating import compare, memory_needed
 from wager.graph.verify.twin import shrink
 
 
@@ -215,6 +216,24 @@ def test_float_check_passes_reordered_sums_and_rejects_an_epsilon_bug(rng):
     assert compare(reference, inputs, [(chunks / norm).astype(np.float32)])
     wrong = (x @ w) / np.sqrt(norm**2 + 1e-5)
     assert not compare(reference, inputs, [wrong.astype(np.float32)])
+
+
+def test_the_memory_that_the_float_check_needs_is_foretold(rng):
+    """A chain holds few values at a time, and what is expanded but never stored takes nothing."""
+    build = Builder()
+    x, y = build.input((400, 500)), build.input((1, 500))
+    wide = build.add("expand", [y], shape=(400, 500))
+    for _ in range(6):
+        x = build.add("mul", [build.add("tanh", [x]), wide])
+    program = build.build(build.add("sum", [x]))
+    inputs = random_inputs(program, rng)
+    outputs = [np.zeros(program.output_shapes[0])]
+    compare(program, inputs, outputs)
+    tracemalloc.start()
+    compare(program, inputs, outputs)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.5 * peak <= memory_needed(program) <= 2 * peak
 
 
 def test_programs_survive_json():

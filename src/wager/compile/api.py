@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ from wager.graph.execute import Executable
 from wager.graph.program import Builder, Program, from_json, to_json
 from wager.graph.timer import Timing, time_together
 from wager.graph.trace import Traced, trace
-from wager.graph.verify.floating import STORED, compare
+from wager.graph.verify.floating import STORED, compare, memory_needed
 
 SEARCHES = ("auto", "ollie", "mirage", "prism")
 
@@ -131,6 +132,10 @@ def compile(
         search = "ollie" if kind[0] == "cpu" and any(n.op == "conv" for n in traced.program.nodes) else "prism"
     if search == "ollie" and kind[0] != "cpu":
         raise UsageError("search 'ollie' makes kernels for a CPU; on a GPU use prism")
+    if missing := _memory_missing(traced.program):
+        return Compiled(
+            function, traced, None, traced.program, Report(search, "original", missing, 0.0, 0.0, 0.0, 0.0), kind
+        )
     if search == "ollie":
         run, program, report = _ollie(traced, time_budget_s, progress)
     else:
@@ -142,6 +147,17 @@ def compile(
     _judge(compiled, example_inputs)
     report.seconds = time.perf_counter() - start
     return compiled
+
+
+def _memory_missing(program: Program) -> str:
+    """Why a replacement of the program could not be checked here; empty where it can."""
+    needed, free = memory_needed(program), psutil.virtual_memory().available
+    if needed <= free:
+        return ""
+    return (
+        f"not searched: checking a replacement in float64 takes about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+        "the original is kept (compile it for smaller inputs, or where there is more memory)"
+    )
 
 
 def freeze(traced: Traced) -> Traced:

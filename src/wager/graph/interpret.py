@@ -21,11 +21,12 @@ LEAD = 4
 
 
 def run(program: Program, inputs: Sequence[Any], domain: Any = None) -> list[Any]:
-    """The outputs for `inputs` in the program's input order."""
+    """The outputs for `inputs` in the program's input order. A value is dropped after its last use."""
     domain = domain or Float64()
     given = iter(inputs)
     values: list[Any] = []
-    for node in program.nodes:
+    last = last_uses(program)
+    for at, node in enumerate(program.nodes):
         args = [values[i] for i in node.inputs]
         if node.op == "input":
             values.append(next(given))
@@ -36,7 +37,21 @@ def run(program: Program, inputs: Sequence[Any], domain: Any = None) -> list[Any
             values.append(args[0][node["index"]])
         else:
             values.append(apply(node, args, domain))
+        for i in (*node.inputs, at):
+            if last[i] <= at:
+                values[i] = None
     return [values[i] for i in program.outputs]
+
+
+def last_uses(program: Program) -> list[int]:
+    """For each node the last one that reads it (itself where none does); past the end for the program's outputs."""
+    last = list(range(len(program.nodes)))
+    for at, node in enumerate(program.nodes):
+        for i in node.inputs:
+            last[i] = at
+    for i in program.outputs:
+        last[i] = len(program.nodes)
+    return last
 
 
 def apply(node: Node, args: Sequence[Any], domain: Any, lead: int = 0) -> Any:

@@ -7,6 +7,7 @@ two may differ by `slack` times it. No fixed tolerance is involved: a fixed one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from wager.graph.domains import FLOAT_UNARY, Float64, NotInDomain
-from wager.graph.interpret import run
+from wager.graph.interpret import last_uses, run
 from wager.graph.program import Program
 
 UNIT = 2.0**-24
 FUNCTION_ULPS = 8.0
 """How many units in the last place an approximated function (exp, tanh, ...) may be off."""
+VIEWS = ("expand", "permute", "slice")
 STORED = {"float32": (0.0, 0.0), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 0.0)}
 """What storing a result in a type adds to float32's rounding: a part of the value, and half the step near zero."""
 
@@ -135,6 +137,25 @@ def expected(program: Program, inputs: Sequence[np.ndarray], dtype: str = "float
     """The program's float64 results for these inputs (exact in `dtype`), with their error bounds."""
     domain = RunningError(dtype)
     return run(program, [domain.lift(np.asarray(x, dtype=np.float64)) for x in inputs], domain)
+
+
+def memory_needed(program: Program) -> int:
+    """About how many bytes `compare` holds at most: of every value in use its float64 and its bound, of an operator's operands and result
+    as much again for what comes up on the way. A view takes no memory and keeps what it looks at."""
+    last, held, most = last_uses(program), 0, 0
+    for at in reversed(range(len(program.nodes))):
+        if program.nodes[at].op in VIEWS:
+            viewed = program.nodes[at].inputs[0]
+            last[viewed] = max(last[viewed], last[at])
+    sizes = [0 if node.op in VIEWS else 16 * math.prod(node.shape) for node in program.nodes]
+    ends: dict[int, int] = {}
+    for size, end in zip(sizes, last, strict=True):
+        ends[end] = ends.get(end, 0) + size
+    for at, node in enumerate(program.nodes):
+        held += sizes[at]
+        most = max(most, held + sizes[at] + sum(sizes[i] for i in node.inputs))
+        held -= ends.get(at, 0)
+    return most
 
 
 def judge(wanted: Sequence[Rounded], outputs: Sequence[np.ndarray], slack: float = 2.0) -> FloatVerdict:
