@@ -6,7 +6,8 @@ says (pooled over seeds).
 
 Baselines as published serve whole batches: `restart` has the published controller, `reroute` the fixed shape that it chooses for the first
 machines, also with the largest batch. We serve continuously, so two comparisons stand side by side: with the baselines as published, and with
-the policy alone (`restart, continuous` and `reroute, continuous` beside ours; ours in whole batches beside the published ones). The floor is a fleet
+the policy alone (`restart, continuous` and `reroute, continuous` beside ours; ours in whole batches beside the published ones). Rerouting that serves
+continuously keeps the shape that suits it for the first machines or the published one, whichever does better in the end. The floor is a fleet
 as large as the trace's largest that nobody disturbs, under our policy: a baseline over the floor bounds the ratio that can be hoped for. On-demand
 machines are billed as such: in `_ondemand` segments those that join later and are never taken away. Deterministic: every number is exact for its
 trace.
@@ -78,8 +79,10 @@ def case(data: Path, name: str, segment: str, seed: int | None, ablate: bool) ->
     outcomes[FLOOR] = run("spotserve", undisturbed(trace))
     first = outcomes[REROUTE].layouts[0][1]
     assert first is not None
-    outcomes |= {RESTART_JOINED: run("reparallelize"), REROUTE_JOINED: run("reroute")}
-    outcomes[REROUTE_LARGE] = run("reroute", continuous=False, shape=dataclasses.replace(first, batch=LARGEST_BATCH))
+    large = dataclasses.replace(first, batch=LARGEST_BATCH)
+    joined = [run("reroute"), run("reroute", shape=large)]
+    outcomes |= {RESTART_JOINED: run("reparallelize"), REROUTE_JOINED: min(joined, key=lambda o: o.quantile(0.99))}
+    outcomes[REROUTE_LARGE] = run("reroute", continuous=False, shape=large)
     without = {
         label: run("spotserve", cloud=dataclasses.replace(cloud, **change), skills=skills)
         for label, (change, skills) in (ABLATIONS.items() if ablate else ())

@@ -69,6 +69,38 @@ def test_plan_then_simulate(profiles, tmp_path, capsys):
     assert plan_file.read(plan).layers == 80
     assert run("simulate", plan, "--seconds", 60, "--warm-up", 0, *common) == 0
     assert "finished                 60" in capsys.readouterr().out
+
+    requests, events = tmp_path / "requests.csv", tmp_path / "events.csv"
+    events.write_text(
+        "time_ms,event,node\n" + "".join(f"{t},{e},n0\n" for t, e in ((0, "add"), (4000, "remove"), (9000, "add")))
+    )
+    away = ["--availability", events, "--timeline", requests]
+    assert run("simulate", plan, "--seconds", 300, "--warm-up", 0, *away, *common) == 0
+    lines = list(csv.DictReader(requests.read_text().splitlines()))
+    assert [int(r["request"]) for r in lines] == list(range(60)) and all(int(r["tokens"]) == 20 for r in lines)
+    assert all(float(r["arrival_s"]) <= float(r["first_token_s"]) <= float(r["last_token_s"]) for r in lines)
+    assert "restarts" in capsys.readouterr().out
+    if "n0" in plan_file.read(plan).nodes:
+        assert any(int(r["restarts"]) for r in lines)
+    events.write_text("time_ms,event,node\n0,add,n9\n")
+    assert run("simulate", plan, *away, *common) == 2 and "'n9'" in capsys.readouterr().err
+
+    alone = [
+        "plan",
+        "--machines",
+        ",".join(machines),
+        "--links",
+        tmp_path / "links.csv",
+        "--simulate-s",
+        20,
+        "-o",
+        plan,
+    ]
+    assert run(*alone, "--method", "petals", *common) == 0
+    said = capsys.readouterr().out
+    assert "petals" in said and "cover" not in said
+    assert run(*alone, "--method", "cover", "--max-hops", 4, "--time-limit", 0.3, *common) == 0
+    assert run(*alone, "--method", "lottery", *common) == 2 and "lottery" in capsys.readouterr().err
     plan.write_text(plan.read_text().replace("layers = [0,", "layers = [90,", 1))
     assert run("simulate", plan, *common) == 2 and "line" in capsys.readouterr().err
 
