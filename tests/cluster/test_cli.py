@@ -130,6 +130,23 @@ def test_coral_plan(tmp_path, capsys):
     assert run("plan", "--planner", "coral", *files) == 0
     assert "no plan costs less than" in capsys.readouterr().out
     assert 'machines = ["1xA100"]' in (tmp_path / "plan.toml").read_text()
+    plan = tmp_path / "plan.toml"
+    again = ["plan", "--planner", "coral", *files[:-1], tmp_path / "next.toml", "--current", plan]
+    assert run(*again) == 0 and "nothing changes" in capsys.readouterr().out
+    (tmp_path / "models.toml").write_text("start_up_share = 0.1\n" + DEMAND.replace("= 2000", "= 6000"))
+    assert run(*again) == 0
+    said = capsys.readouterr().out
+    assert "start " in said and "drain" not in said and "start-up counts 0.00" not in said
+    text = plan.read_text()
+    for old, new, what in (
+        ("1xA100", "1xTPU", "TPU"),
+        ("count = ", "count = -", "number"),
+        ('"decode"', '"prefill"', "prefill"),
+    ):
+        plan.write_text(text.replace(old, new, 1))
+        assert run(*again) == 2
+        assert what in (said := capsys.readouterr().err) and "line 5" in said
+    plan.write_text(text)
     (tmp_path / "offers.csv").write_text("region,device,count,usd_per_h,available\na,TPU,4,6.7,8\n")
     assert run("plan", "--planner", "coral", *files) == 2 and "TPU" in capsys.readouterr().err
     (tmp_path / "models.toml").write_text("[roofline")

@@ -31,6 +31,9 @@ def plan(
     trace: Annotated[Path | None, typer.Option(help="helix: requests that candidates are tried on")] = None,
     demand: Annotated[Path | None, typer.Option(help="coral: models.toml")] = None,
     offers: Annotated[Path | None, typer.Option(help="coral: region,device,count,usd_per_h,available")] = None,
+    current: Annotated[
+        Path | None, typer.Option(help="coral: the plan that runs now; says what to start and what to drain")
+    ] = None,
     simulate_s: Annotated[float, typer.Option(help="helix: simulated seconds per candidate")] = 660.0,
     time_limit: Annotated[float, typer.Option(help="helix: seconds of solving per candidate")] = 10.0,
     refine: Annotated[int, typer.Option(help="helix: simulations spent on improving the best candidates")] = 48,
@@ -47,7 +50,7 @@ def plan(
     if planner == "coral":
         if demand is None or offers is None:
             raise UsageError("the coral planner needs --demand models.toml and --offers offers.csv")
-        _plan_coral(demand, offers, output)
+        _plan_coral(demand, offers, current, output)
     elif planner == "helix":
         if not machines or links is None or trace is None:
             raise UsageError("the helix planner needs --machines, --links and --trace")
@@ -108,7 +111,7 @@ def _plan_helix(
     print(f"wrote {output}")
 
 
-def _plan_coral(demand: Path, offers: Path, output: Path) -> None:
+def _plan_coral(demand: Path, offers: Path, current: Path | None, output: Path) -> None:
     from wager.cluster.coral.rent import plan_rent
     from wager.cluster.plan_file import write_lines
 
@@ -118,7 +121,7 @@ def _plan_coral(demand: Path, offers: Path, output: Path) -> None:
         raise UsageError(f"{demand} cannot be read: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{demand} is not TOML: {error}") from None
-    found, lines = plan_rent(wanted, _rows(offers))
+    found, lines = plan_rent(wanted, _rows(offers), current)
     for line in lines:
         print(line)
     write_lines(found, output)
