@@ -4,7 +4,8 @@ Pools and costs are in `coral_pools`. The cost of a plan is a sum of prices and 
 the baselines', passes `check`. Three settings: as many machines as one likes; stock over ten epochs from published spot availability, one trace per
 region and shape; and scarce stock, where the demands are set so that the stock is a given multiple of what serving them takes. Where a plan cannot
 serve everything, all demands are scaled down alike, the baselines' too: the share served is the goodput. `best_possible` is how much cheaper than
-the best baseline any plan of these templates could be: the baseline's cost over the proven bound. `tuned` is a baseline that may also choose how many
+the best baseline any plan of these templates could be: the baseline's cost over the proven bound. `homo` takes for a model the kind of machine that makes
+its whole plan cheapest; `homo by ratio`, the greedy choice as published, the one with the most requests per dollar, which costs more. `tuned` is a baseline that may also choose how many
 machines its templates have at most, which the published ones do not: the greedy choice of large replicas that serve more than is asked costs them.
 Last, plans of all three serve requests in simulation (`coral_served`).
 """
@@ -60,7 +61,8 @@ def priced(pool: pools.Pool, libraries: Sequence[Library], stock: np.ndarray | f
     plan = Allocator(libraries, rent).allocate(time_limit_s=limit_s)
     check(plan, libraries, rent)
     others = {p: baselines.scaled(libraries, rent, p) for p in baselines.POLICIES}
-    for other in others.values():
+    described = baselines.scaled(libraries, rent, baselines.BY_RATIO)
+    for other in (*others.values(), described):
         check(other, libraries, rent)
     devices_C = np.array([c.count for c in rent.configurations])
     found = {
@@ -79,6 +81,7 @@ def priced(pool: pools.Pool, libraries: Sequence[Library], stock: np.ndarray | f
             "requests_per_s": served(other, libraries, pool.rates),
             "first_come_requests_per_s": served(first_come, libraries, pool.rates),
         }
+    found[baselines.BY_RATIO] = {"usd_per_h": described.usd_per_h, "factor": described.factor}
     able = [o.usd_per_h for o in others.values() if o.factor >= plan.factor * (1 - 1e-9)]
     tuned = [o.usd_per_h for o in tuned_baselines(pool, libraries, rent) if o.factor >= plan.factor * (1 - 1e-9)]
     found["cheaper_than_tuned"] = min(tuned) / plan.usd_per_h if tuned else None
@@ -303,6 +306,7 @@ def show(facts: dict) -> None:
         "Coral USD/h",
         "gap",
         *baselines.POLICIES,
+        baselines.BY_RATIO,
         "cheaper than best",
         "than tuned",
         "any plan at most",
@@ -312,7 +316,7 @@ def show(facts: dict) -> None:
     print(format_table([head, *(
         [
             f["pool"], str(f["columns"]), str(f["devices"]), f"{f['usd_per_h']:.1f}", f"{f['gap']:.2%}",
-            *(f"{f[p]['usd_per_h']:.1f}" for p in baselines.POLICIES), shown(f["cheaper_than_best"]),
+            *(f"{f[p]['usd_per_h']:.1f}" if p in f else "-" for p in (*baselines.POLICIES, baselines.BY_RATIO)), shown(f["cheaper_than_best"]),
             shown(f["cheaper_than_tuned"]), shown(f["best_possible"]), f"{f['mixed_share']:.0%}", f"{f['seconds']:.1f} s",
         ]
         for f in facts.get("plenty", [])

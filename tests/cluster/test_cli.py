@@ -69,6 +69,38 @@ def test_plan_then_simulate(profiles, tmp_path, capsys):
     assert plan_file.read(plan).layers == 80
     assert run("simulate", plan, "--seconds", 60, "--warm-up", 0, *common) == 0
     assert "finished                 60" in capsys.readouterr().out
+
+    requests, events = tmp_path / "requests.csv", tmp_path / "events.csv"
+    events.write_text(
+        "time_ms,event,node\n" + "".join(f"{t},{e},n0\n" for t, e in ((0, "add"), (4000, "remove"), (9000, "add")))
+    )
+    away = ["--availability", events, "--timeline", requests]
+    assert run("simulate", plan, "--seconds", 300, "--warm-up", 0, *away, *common) == 0
+    lines = list(csv.DictReader(requests.read_text().splitlines()))
+    assert [int(r["request"]) for r in lines] == list(range(60)) and all(int(r["tokens"]) == 20 for r in lines)
+    assert all(float(r["arrival_s"]) <= float(r["first_token_s"]) <= float(r["last_token_s"]) for r in lines)
+    assert "restarts" in capsys.readouterr().out
+    if "n0" in plan_file.read(plan).nodes:
+        assert any(int(r["restarts"]) for r in lines)
+    events.write_text("time_ms,event,node\n0,add,n9\n")
+    assert run("simulate", plan, *away, *common) == 2 and "'n9'" in capsys.readouterr().err
+
+    alone = [
+        "plan",
+        "--machines",
+        ",".join(machines),
+        "--links",
+        tmp_path / "links.csv",
+        "--simulate-s",
+        20,
+        "-o",
+        plan,
+    ]
+    assert run(*alone, "--method", "petals", *common) == 0
+    said = capsys.readouterr().out
+    assert "petals" in said and "cover" not in said
+    assert run(*alone, "--method", "cover", "--max-hops", 4, "--time-limit", 0.3, *common) == 0
+    assert run(*alone, "--method", "lottery", *common) == 2 and "lottery" in capsys.readouterr().err
     plan.write_text(plan.read_text().replace("layers = [0,", "layers = [90,", 1))
     assert run("simulate", plan, *common) == 2 and "line" in capsys.readouterr().err
 
@@ -98,6 +130,23 @@ def test_coral_plan(tmp_path, capsys):
     assert run("plan", "--planner", "coral", *files) == 0
     assert "no plan costs less than" in capsys.readouterr().out
     assert 'machines = ["1xA100"]' in (tmp_path / "plan.toml").read_text()
+    plan = tmp_path / "plan.toml"
+    again = ["plan", "--planner", "coral", *files[:-1], tmp_path / "next.toml", "--current", plan]
+    assert run(*again) == 0 and "nothing changes" in capsys.readouterr().out
+    (tmp_path / "models.toml").write_text("start_up_share = 0.1\n" + DEMAND.replace("= 2000", "= 6000"))
+    assert run(*again) == 0
+    said = capsys.readouterr().out
+    assert "start " in said and "drain" not in said and "start-up counts 0.00" not in said
+    text = plan.read_text()
+    for old, new, what in (
+        ("1xA100", "1xTPU", "TPU"),
+        ("count = ", "count = -", "number"),
+        ('"decode"', '"prefill"', "prefill"),
+    ):
+        plan.write_text(text.replace(old, new, 1))
+        assert run(*again) == 2
+        assert what in (said := capsys.readouterr().err) and "line 5" in said
+    plan.write_text(text)
     (tmp_path / "offers.csv").write_text("region,device,count,usd_per_h,available\na,TPU,4,6.7,8\n")
     assert run("plan", "--planner", "coral", *files) == 2 and "TPU" in capsys.readouterr().err
     (tmp_path / "models.toml").write_text("[roofline")

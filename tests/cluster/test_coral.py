@@ -314,6 +314,20 @@ def test_a_large_replica_is_not_shared_among_demands():
     assert packer.share(plan) == pytest.approx(0.45) and share == pytest.approx(0.45, rel=0.01)
 
 
+def test_homo_by_ratio_takes_the_most_per_dollar_where_homo_takes_the_cheapest_plan():
+    """The first kind serves 300 for its price and 10 are wanted: a machine of the second is enough."""
+    lib = library({(1, 0): 300.0, (0, 1): 20.0}, Demand(CARD, "decode", 1.0, 10.0))
+    price_C = market([[9, 9], [9, 9]]).price_RC[0]
+    assert 300 / price_C[0] > 20 / price_C[1] and price_C[0] > price_C[1]
+    for stock, kind in (([[9, 9], [9, 9]], 0), ([[0, 9], [0, 9]], 1)):
+        rent = market(stock)
+        described, ours = (baselines.greedy([lib], rent, p) for p in (baselines.BY_RATIO, "homo"))
+        for plan, used in ((described, kind), (ours, 1)):
+            check(plan, [lib], rent)
+            assert plan.factor == 1 and all(lib.counts_UC[u, used] == 1 for _, _, u in plan.running)
+        assert described.usd_per_h >= ours.usd_per_h
+
+
 def test_a_scaled_baseline_starves_nobody():
     """Served in order the first model would take all machines; scaled down alike, each gets its part."""
     libraries = [library({(1, 0): 10.0}, Demand(CARD, "decode", 1.0, 100.0)) for _ in range(2)]

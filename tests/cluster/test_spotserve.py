@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from wager.cluster.spotserve import arranger, controller, migration
 from wager.cluster.spotserve.latency import Layout, ServedModel, read_model
 from wager.cluster.spotserve.mapper import Place, Sizes, assign, inherit, places, reusable_bytes
+from wager.cluster.spotserve.service import Served, Service
 from wager.cluster.spotserve.simulate import POLICIES, Cloud, SpotSimulation
 from wager.errors import UsageError
 from wager.hardware.availability import Availability, Membership, read_membership
@@ -217,16 +218,27 @@ def test_a_pipeline_that_still_loads_is_not_ready_because_another_machine_joins(
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.floats(0.01, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.floats(1.05, 2))
+@given(st.floats(0.01, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.floats(1.05, 2))
 def test_the_model_of_a_continuous_service_rises_with_the_load_and_is_infinite_beyond_its_throughput(
-    rate, data, batch, more
+    rate, data, stages, batch, more
 ):
-    model, layout = toy(layers=200), Layout(data, 1, 1, batch)
+    model, layout = toy(layers=200), Layout(data, stages, 1, batch)
     reach = controller.throughput(model, layout, 32, continuous=True)
     here = controller.request_s(model, layout, 32, rate, continuous=True)
     assert (here == float("inf")) == (rate >= reach) or abs(rate - reach) < 1e-6 * reach
     assert controller.request_s(model, layout, 32, rate * more, continuous=True) >= here * (1 - 1e-6)
-    assert here >= model.times(Layout(1, 1, 1, 1)).total(32) * (1 - 1e-9)
+    assert here >= model.times(Layout(1, stages, 1, 1)).total(32) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_the_throughput_of_a_continuous_service_is_what_it_serves(stages):
+    model, layout = toy(layers=200), Layout(1, stages, 1, 4)
+    reach = controller.throughput(model, layout, 32, continuous=True)
+    requests = [Served(i, 0.0, 32) for i in range(200)]
+    service = Service(model, requests, continuous=True)
+    service.layout = layout
+    service.serve_until(1e9)
+    assert 200 / max(r.finished_s or 0.0 for r in requests) == pytest.approx(reach, rel=0.15)
 
 
 def test_a_migration_before_a_removal_ends_before_it():

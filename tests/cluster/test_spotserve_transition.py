@@ -104,22 +104,26 @@ def test_no_token_is_generated_twice_when_the_notice_is_long_enough():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.floats(0.001, 3), min_size=1, max_size=60), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.booleans()
+    st.lists(st.floats(0.001, 3), min_size=1, max_size=60),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 4]),
+    st.booleans(),
 )
-def test_every_request_is_served_once_and_nobody_idles_while_work_waits(gaps, data, batch, continuous):
+def test_every_request_is_served_once_and_nobody_idles_while_work_waits(gaps, data, stages, batch, continuous):
     requests = [Served(i, float(t), 32) for i, t in enumerate(np.cumsum(gaps))]
     service = Service(toy(layers=200), requests, continuous)
-    service.layout = Layout(data, 1, 1, batch)
+    service.layout = Layout(data, stages, 1, batch)
     at = 0.0
     while any(r.finished_s is None for r in requests):
         service.serve_until(at)
         idle = [d for d in range(data) if d not in service.batches and service.free_s.get(d, 0.0) < at]
         waiting = [r for r in service.queue if r.arrival_s < at]
         assert not (idle and waiting)
-        assert all(0 < len(b.requests) <= batch for b in service.batches.values())
+        assert all(0 < len(b.everyone) <= batch and b.requests for b in service.batches.values())
         at += 0.5
     assert all(r.done == r.generated == r.tokens for r in requests)
-    alone = service.model.times(Layout(1, 1, 1, 1)).total(32)
+    alone = service.model.times(Layout(1, stages, 1, 1)).total(32)
     assert all((r.finished_s or 0.0) - r.arrival_s >= alone - 1e-6 for r in requests)
 
 
@@ -145,6 +149,52 @@ def test_a_request_joins_at_the_next_step_and_the_others_wait_for_its_prefill():
     joined = one.prefill + 4 * one.step
     assert requests[0].finished_s == pytest.approx(joined + one.prefill + 6 * two.step)
     assert requests[1].finished_s == pytest.approx(joined + one.prefill + 6 * two.step + 4 * one.step)
+
+
+def test_a_prefill_fills_what_steps_leave_of_the_stages():
+    """Two stages: the first request's steps become longer by a layer each and do not stop, the second's prefill gets the rest of the time."""
+    model = toy(layers=200)
+    one, two = (model.times(Layout(1, 2, 1, b)) for b in (1, 2))
+    requests = [Served(0, 0.0, 200), Served(1, one.prefill + 3.5 * one.step, 10)]
+    service = Service(model, requests, continuous=True)
+    service.layout = Layout(1, 2, 1, 2)
+    service.serve_until(1e9)
+    layer = model.fix * model.prefill_ms[1, 1] / 1e3
+    step, progress = one.step + layer, one.step + layer - one.busy
+    assert one.beside(one) == pytest.approx((step, progress)) and 0 < one.busy < one.step
+    count = math.ceil(one.prefill / progress)
+    joined = one.prefill + 4 * one.step + count * step
+    assert count * layer < one.prefill  # what a stop would have cost
+    assert requests[1].finished_s == pytest.approx(joined + 10 * two.step)
+    assert requests[0].finished_s == pytest.approx(joined + 10 * two.step + (200 - 4 - count - 10) * one.step)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
+def test_no_stage_works_longer_than_there_is_time(stages, batch, joining):
+    model = toy(layers=200)
+    now, joins = (model.times(Layout(1, stages, 1, b)) for b in (batch, joining))
+    step, progress = now.beside(joins)
+    assert now.busy <= now.step * (1 + 1e-9) and step > now.step
+    assert progress + now.busy <= step * (1 + 1e-9)
+    if stages == 1:
+        assert now.busy == pytest.approx(now.step)
+
+
+def test_a_stop_sends_back_who_was_joining_and_nobody_else():
+    model, layout = toy(), Layout(1, 2, 1, 4)
+    service = Service(model, [], continuous=True)
+    ready, old = Served(2, 2.0, 32), Served(0, 0.0, 32, done=7, generated=7)  # one has its KV and no token yet
+    joining = Served(1, 3.0, 32)
+    service.layout, service.batches = layout, {0: Batch([old, ready], 4.0, 0.5, [joining])}
+    assert {r.index for r in service.unfinished()} == {0, 1, 2} == {r.index for r in service.fork([]).unfinished()}
+    held, target = placed(layout), Layout(1, 1, 1, 4)
+    step = Mover(model, Cloud(network_bytes_per_s=1e9), 96, 32).plan(
+        layout, held, service.batches, target, list(held)[:1]
+    )
+    perform(service, step, 4.2)
+    assert [r.index for r in service.batches[0].requests] == [0, 2] and old.done == 7
+    assert [r.index for r in service.queue] == [1] and joining.generated == 0
 
 
 def test_serving_continuously_shortens_the_tail():

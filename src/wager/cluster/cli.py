@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,20 +31,32 @@ def plan(
     trace: Annotated[Path | None, typer.Option(help="helix: requests that candidates are tried on")] = None,
     demand: Annotated[Path | None, typer.Option(help="coral: models.toml")] = None,
     offers: Annotated[Path | None, typer.Option(help="coral: region,device,count,usd_per_h,available")] = None,
+    current: Annotated[
+        Path | None, typer.Option(help="coral: the plan that runs now; says what to start and what to drain")
+    ] = None,
     simulate_s: Annotated[float, typer.Option(help="helix: simulated seconds per candidate")] = 660.0,
     time_limit: Annotated[float, typer.Option(help="helix: seconds of solving per candidate")] = 10.0,
     refine: Annotated[int, typer.Option(help="helix: simulations spent on improving the best candidates")] = 48,
+    method: Annotated[
+        str, typer.Option(help="helix: auto, or one of cover, milp, swarm, petals, separate, 'separate plus' alone")
+    ] = "auto",
+    max_hops: Annotated[int | None, typer.Option(help="helix: machines that a request may meet at most")] = None,
+    prune: Annotated[
+        int | None, typer.Option(help="helix: links that each machine keeps in the program with links (milp)")
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="where the plan goes")] = Path("plan.toml"),
 ) -> None:
     """Propose a plan, with its bound and gap, and write it as TOML."""
     if planner == "coral":
         if demand is None or offers is None:
             raise UsageError("the coral planner needs --demand models.toml and --offers offers.csv")
-        _plan_coral(demand, offers, output)
+        _plan_coral(demand, offers, current, output)
     elif planner == "helix":
         if not machines or links is None or trace is None:
             raise UsageError("the helix planner needs --machines, --links and --trace")
-        _plan_helix(profiles, model, machines.split(","), links, trace, simulate_s, time_limit, refine, output)
+        how = {"simulate_s": simulate_s, "warm_up_s": min(60.0, simulate_s / 4), "time_limit_s": time_limit}
+        how |= {"refine_tries": refine, "method": method, "max_hops": max_hops, "prune": prune}
+        _plan_helix(profiles, model, machines.split(","), links, trace, how, output)
     else:
         raise UsageError(f"planner {planner!r} is unknown; use helix or coral")
 
@@ -63,9 +75,7 @@ def _plan_helix(
     machines: list[str],
     links: Path,
     trace: Path,
-    simulate_s: float,
-    time_limit: float,
-    refine: int,
+    how: dict[str, Any],
     output: Path,
 ) -> None:
     import numpy as np
@@ -79,13 +89,16 @@ def _plan_helix(
 
     card, cluster = _card(model), read_links(links, machines)
     arrivals = all_at_once(read_trace(trace, max_prompt=MAX_PROMPT))
-    found = plan_helix(
-        cluster, card, read_profiles(folder, model), arrivals, np.random.default_rng(0), simulate_s=simulate_s,
-        warm_up_s=min(60.0, simulate_s / 4), time_limit_s=time_limit, refine_tries=refine,
-    )  # fmt: skip
+    found = plan_helix(cluster, card, read_profiles(folder, model), arrivals, np.random.default_rng(0), **how)
     for c in found.candidates:
+        judged = (
+            ""
+            if c.judged is None
+            else f"; finals {c.judged.rate:.1f} output tokens/s, latency {c.judged.latency_s:.3f} s"
+        )
         print(
-            f"{c.name:<32} flow {c.flow.value:8.1f} tokens/s, simulated {c.decode_tokens_per_s:7.1f} output tokens/s, {c.flow.mean_hops:.1f} hops"
+            f"{c.name:<32} flow {c.flow.value:8.1f} tokens/s, simulated {c.decode_tokens_per_s:7.1f} output tokens/s, "
+            f"{c.flow.mean_hops:.1f} hops{judged}"
         )
     print(f"no placement has a flow above {found.bound:.1f} tokens/s; the best one here is within {found.gap:.1%}")
     best = found.best
@@ -98,7 +111,7 @@ def _plan_helix(
     print(f"wrote {output}")
 
 
-def _plan_coral(demand: Path, offers: Path, output: Path) -> None:
+def _plan_coral(demand: Path, offers: Path, current: Path | None, output: Path) -> None:
     from wager.cluster.coral.rent import plan_rent
     from wager.cluster.plan_file import write_lines
 
@@ -108,7 +121,7 @@ def _plan_coral(demand: Path, offers: Path, output: Path) -> None:
         raise UsageError(f"{demand} cannot be read: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{demand} is not TOML: {error}") from None
-    found, lines = plan_rent(wanted, _rows(offers))
+    found, lines = plan_rent(wanted, _rows(offers), current)
     for line in lines:
         print(line)
     write_lines(found, output)
@@ -132,7 +145,14 @@ def simulate(
     warm_up: Annotated[float, typer.Option(help="seconds left out of the numbers")] = 60.0,
     offline: Annotated[bool, typer.Option(help="all requests wait from the start")] = False,
     scheduler: Annotated[str, typer.Option(help="maxflow, swarm, random or queue")] = "maxflow",
-    plot: Annotated[Path | None, typer.Option(help="write a Gantt chart, .png or .svg")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a Gantt chart over time series, .png or .svg")] = None,
+    timeline_path: Annotated[
+        Path | None, typer.Option("--timeline", help="write what became of every request, .csv")
+    ] = None,
+    availability: Annotated[
+        Path | None, typer.Option(help="time_ms,event,node: when the machines it names join and leave")
+    ] = None,
+    segment: Annotated[str | None, typer.Option(help="which segment of the availability file")] = None,
 ) -> None:
     """Serve a trace on a plan under a virtual clock."""
     import numpy as np
@@ -141,8 +161,10 @@ def simulate(
     from wager.cluster.helix.flow import solve_flow
     from wager.cluster.helix.plan import MAX_PROMPT, simulate_placement
     from wager.cluster.helix.profile import Load, typical_throughput
+    from wager.hardware.availability import read_membership
     from wager.hardware.cluster import read_links
     from wager.hardware.layer_cost import read_profiles
+    from wager.simulate.timeline import write_requests
     from wager.simulate.trace import all_at_once, read_trace
 
     loaded = plan_file.read(plan_path)
@@ -160,12 +182,15 @@ def simulate(
     flow = solve_flow(cluster, card, throughput, loaded.placement)
     if not flow.value:
         raise UsageError(f"the links of {loaded.links} let no tokens through this plan")
+    members = None if availability is None else read_membership(availability, segment)
     timeline = simulate_placement(
         cluster, card, measured, loaded.placement, flow, all_at_once(arrivals) if offline else arrivals, seconds, Load(),
-        scheduler, keep_busy=plot is not None, rng=np.random.default_rng(0),
+        scheduler, keep_busy=plot is not None, rng=np.random.default_rng(0), availability=members,
     )  # fmt: skip
     for name, value in {"max_flow_tokens_per_s": flow.value, **timeline.summary(warm_up)}.items():
         print(f"{name:<24} {value:.4g}")
+    if timeline_path is not None:
+        print(f"wrote {write_requests(timeline, timeline_path)}")
     if plot is not None:
         from wager.simulate.plot import plot as draw
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from wager.errors import WagerError
+from wager.errors import UsageError, WagerError
+
+REQUEST_COLUMNS = (
+    "request", "arrival_s", "prompt_tokens", "output_tokens", "admitted_s", "first_token_s", "last_token_s", "tokens",
+    "restarts", "recomputed_tokens", "stages",
+)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -112,3 +119,22 @@ class Timeline:
             if len(values):
                 summary |= {f"{name}_p50": float(np.median(values)), f"{name}_p99": float(np.quantile(values, 0.99))}
         return summary
+
+
+def write_requests(timeline: Timeline, path: str | Path) -> Path:
+    """A line per request as .csv: times since the start, empty where it did not come so far. Raises UsageError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", newline="") as handle:
+            out = csv.writer(handle)
+            out.writerow(REQUEST_COLUMNS)
+            for r in timeline.records:
+                ends = (r.token_s[0], r.token_s[-1]) if r.token_s else ("", "")
+                admitted = "" if r.admitted_s is None else r.admitted_s
+                shape = r.index, r.arrival_s, r.prompt_tokens, r.output_tokens
+                out.writerow([*shape, admitted, *ends, len(r.token_s), r.restarts, r.recomputed_tokens, r.stages])
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
+    return path

@@ -1,7 +1,8 @@
 """What Coral is compared with: plans of equal machines, chosen greedily for one model after another.
 
 Homo serves both phases of a model on one kind of machine; Cauchy lets each phase choose its own kind. Both take, again and again, the
-template of equal machines with the most tokens per dollar that the remaining stock allows.
+template of equal machines with the most tokens per dollar that the remaining stock allows. Homo chooses the kind that makes the whole plan of
+a model cheapest; by ratio, as the paper describes it, the kind with the most requests per dollar, also where whole replicas of it are far too large.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from wager.cluster.coral.market import Allocation, Key, Market
 from wager.cluster.coral.templates import Library
 
 POLICIES = ("homo", "cauchy")
+BY_RATIO = "homo by ratio"
 
 
 def scaled(libraries: Sequence[Library], market: Market, policy: str, tries: int = 10) -> Allocation:
@@ -40,7 +42,9 @@ def greedy(libraries: Sequence[Library], market: Market, policy: str, share: flo
     shares = []
     for group in _groups(libraries, policy):
         best: tuple[float, float, dict[Key, int], np.ndarray] | None = None
-        kinds = range(len(market.configurations)) if policy == "homo" else [None]
+        kinds = {"homo": range(len(market.configurations)), BY_RATIO: [_most_per_dollar(libraries, market, group)]}.get(
+            policy, [None]
+        )
         for kind in kinds:
             used, plan, worst, price = np.zeros_like(stock), {}, 1.0, 0.0
             for d in group:
@@ -56,6 +60,26 @@ def greedy(libraries: Sequence[Library], market: Market, policy: str, share: flo
         stock -= best[3]
     price = sum(n * float(libraries[d].counts_UC[u] @ market.price_RC[r]) for (d, r, u), n in running.items())
     return Allocation(running, price, 0.0, 0.0, min(shares, default=1.0), 0.0, 0, False)
+
+
+def _most_per_dollar(libraries: Sequence[Library], market: Market, group: Sequence[int]) -> int:
+    """The kind of machine whose best templates serve the demands of `group` at least cost, were fractions of replicas for rent."""
+
+    def usd_per_h(kind: int) -> float:
+        total = 0.0
+        for d in group:
+            own = libraries[d].equal
+            own = own[libraries[d].counts_UC[own, kind] > 0]
+            if not len(own):
+                return float("inf")
+            cost_UR = libraries[d].counts_UC[own] @ market.price_RC.T
+            best = float((libraries[d].rates_U[own][:, None] / cost_UR).max())
+            total += libraries[d].demand.tokens_per_s / best
+        return total
+
+    return min(
+        range(len(market.configurations)), key=lambda kind: (not market.stock_RC[:, kind].any(), usd_per_h(kind))
+    )
 
 
 def _groups(libraries: Sequence[Library], policy: str) -> list[list[int]]:

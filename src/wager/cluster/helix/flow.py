@@ -34,6 +34,21 @@ class Flow:
         return inner / self.value if self.value else 0.0
 
 
+def most_hops(flow: Flow) -> int:
+    """Machines that a request meets at most, over the ways that carry flow."""
+    ways: dict[str, list[str]] = {}
+    for a, b in flow.edges:
+        ways.setdefault(a, []).append(b)
+    known: dict[str, int] = {SINK: -1}
+
+    def hops(at: str) -> int:
+        if at not in known:
+            known[at] = 1 + max((hops(b) for b in ways.get(at, ())), default=-1)
+        return known[at]
+
+    return hops(SOURCE)
+
+
 def next_hop(held: tuple[int, int], following: tuple[int, int], partial: bool) -> bool:
     """Whether a request may go from a machine that holds `held` to one that holds `following`. With partial inference the second
     runs only the layers after the first one's last."""

@@ -27,18 +27,41 @@ def layouts(model: ServedModel, devices: int, device_memory_bytes: float, tokens
 
 
 def request_alone_s(model: ServedModel, layout: Layout, output_tokens: int, together: float) -> float:
-    """Seconds of a request of a continuous service whose pipeline serves `together` requests at a time: the steps of that size, and a stop for
-    the prefill of each that joins meanwhile."""
+    """Seconds of a request of a continuous service whose pipeline serves `together` requests at a time: the steps of that size, its own prefill,
+    and what the prefill of each that joins meanwhile holds it up: a stop, in a pipeline of several stages longer steps."""
     sizes = [b for b in model.batches if b <= layout.batch]
     steps = [model.times(Layout(1, layout.pipeline, layout.tensor, b)).step for b in sizes]
-    prefill = model.times(Layout(1, layout.pipeline, layout.tensor, sizes[0])).prefill
-    return together * prefill + output_tokens * float(np.interp(together, sizes, steps))
+    own = stop = model.times(Layout(1, layout.pipeline, layout.tensor, sizes[0])).prefill
+    step = float(np.interp(together, sizes, steps))
+    if layout.pipeline > 1:
+        own, stop = join_s(model, layout, together)
+    return own + (together - 1) * stop + output_tokens * step
+
+
+def join_s(model: ServedModel, layout: Layout, together: float) -> tuple[float, float]:
+    """(seconds that a prefill takes beside the steps of `together - 1` others, by how much these become longer in all)."""
+    sizes = [b for b in model.batches if b <= layout.batch]
+    first = model.times(Layout(1, layout.pipeline, layout.tensor, sizes[0]))
+    whole, longer = [], []
+    for b in sizes:
+        times = model.times(Layout(1, layout.pipeline, layout.tensor, b))
+        step, progress = times.beside(first)
+        count = first.prefill / progress
+        whole.append(count * step)
+        longer.append(count * (step - times.step))
+    others = max(0.0, together - 1)
+    beside = float(np.interp(others, sizes, whole))
+    own = first.prefill + min(1.0, others) * max(0.0, beside - first.prefill)  # alone it has the stages to itself
+    return own, float(np.interp(others, sizes, longer))
 
 
 def throughput(model: ServedModel, layout: Layout, output_tokens: int, continuous: bool = False) -> float:
     """Requests/s when every pipeline is always full."""
     if continuous:
-        return layout.data * layout.batch / request_alone_s(model, layout, output_tokens, layout.batch)
+        full = layout.batch / request_alone_s(model, layout, output_tokens, layout.batch)
+        if layout.pipeline > 1:
+            full = min(full, 1 / join_s(model, layout, layout.batch)[0])  # one prefill after another
+        return layout.data * full
     return layout.data * layout.batch / model.times(layout).total(output_tokens)
 
 
@@ -55,7 +78,7 @@ def request_s(model: ServedModel, layout: Layout, output_tokens: int, rate: floa
     else:
         service, servers = model.times(layout).total(output_tokens), layout.data
         busy = rate * service / (layout.data * layout.batch)
-    if busy >= 1:
+    if busy >= 1 or (continuous and rate >= throughput(model, layout, output_tokens, True)):
         return float("inf")
     return service + service * busy ** ((2 * (servers + 1)) ** 0.5) / (2 * servers * (1 - busy))
 

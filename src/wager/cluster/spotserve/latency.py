@@ -38,13 +38,23 @@ class Layout:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds: `prefill` of the batch, `step` per token after it."""
+    """Seconds: `prefill` of the batch, `step` per token after it. A stage works for `busy` of a step and has nothing to do in the rest; `wait`: how
+    long the micro-batches of a step wait at most for layers of a prefill of that batch to end, where these fill the rest."""
 
     prefill: float
     step: float
+    busy: float
+    micro_batches: int
+    wait: float
 
     def total(self, tokens: int) -> float:
         return self.prefill + tokens * self.step
+
+    def beside(self, joining: StepTimes) -> tuple[float, float]:
+        """(seconds of a step, seconds of the prefill done in it) while a prefill of `joining` fills what steps leave of the stages. Whoever
+        decodes goes first, but a layer that has begun ends: every micro-batch waits for a whole one in each stage where the prefill is."""
+        step = self.step + self.micro_batches * joining.wait
+        return step, step - self.busy
 
 
 @dataclass(frozen=True)
@@ -100,15 +110,18 @@ class ServedModel:
         ]
         embed = 2 * self.embed_ms[min(self.batches.index(layout.batch), len(self.embed_ms) - 1)]
         hops = layout.pipeline - 1
-        prefill = min(
-            self.prefill_ms[layout.tensor, layout.batch // m] * stage * (hops + m) + self.hop_prefill_ms / m * hops
+        prefill, parts = min(
+            (self.prefill_ms[layout.tensor, layout.batch // m] * stage * (hops + m) + self.hop_prefill_ms / m * hops, m)
             for m in splits
         )
-        step = min(
-            self.decode_ms[layout.tensor, layout.batch // m] * stage * (hops + m) + self.hop_step_ms * hops
+        step, micro_batches = min(
+            (self.decode_ms[layout.tensor, layout.batch // m] * stage * (hops + m) + self.hop_step_ms * hops, m)
             for m in splits
         )
-        return StepTimes(self.fix * prefill / 1e3, self.fix * (step + embed) / 1e3)
+        busy = self.decode_ms[layout.tensor, layout.batch // micro_batches] * stage * micro_batches + embed
+        wait = self.prefill_ms[layout.tensor, layout.batch // parts] * min(parts, layout.pipeline)
+        ms = self.fix / 1e3
+        return StepTimes(ms * prefill, ms * (step + embed), ms * busy, micro_batches, ms * wait)
 
 
 def read_model(folder: str | Path, name: str) -> ServedModel:

@@ -1,7 +1,8 @@
 """Pipelines that serve requests under a virtual clock, a step per token.
 
-Continuous (as the engine does): a request joins a pipeline with a free slot at the next step, the others wait while its prompt is computed; what
-waits is spread evenly. In whole batches (as the paper's engine did): a free pipeline takes what waits, up to the layout's batch, and nobody
+Continuous (as the engine does): a request joins a pipeline with a free slot at the next step; what waits is spread evenly. A pipeline of one
+stage stands still while the prompt is computed. One of several stages has stages that do nothing for a part of every step; the prefill fills
+those, layer by layer, and whoever decodes goes first, delayed by the layer that has begun. In whole batches (as the paper's engine did): a free pipeline takes what waits, up to the layout's batch, and nobody
 joins until all of it has ended. What moves machines and layouts is not here: see `transition`, `migrate` and `baselines`.
 """
 
@@ -11,7 +12,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wager.cluster.spotserve import arranger
 from wager.cluster.spotserve.latency import Layout, ServedModel, StepTimes
@@ -33,11 +34,17 @@ class Served:
 
 @dataclass(eq=False)
 class Batch:
-    """A pipeline's requests at work. `ready_s`: when its next step begins, or the prefill of those that joined last (`prefill_left_s` long)."""
+    """A pipeline's requests at work. `ready_s`: when its next step begins, or the prefill of those that joined last (`prefill_left_s` long).
+    joining: whose prefill fills the gaps of the others' steps."""
 
     requests: list[Served]
     ready_s: float
     prefill_left_s: float
+    joining: list[Served] = field(default_factory=list)
+
+    @property
+    def everyone(self) -> list[Served]:
+        return [*self.requests, *self.joining]
 
 
 class Service:
@@ -57,13 +64,16 @@ class Service:
         other.queue = deque(copy.copy(r) for r in self.queue)
         other.layout, other.free_s = self.layout, dict(self.free_s)
         other.batches = {
-            d: Batch([copy.copy(r) for r in b.requests], b.ready_s, b.prefill_left_s) for d, b in self.batches.items()
+            d: Batch(
+                *([copy.copy(r) for r in b.requests], b.ready_s, b.prefill_left_s), [copy.copy(r) for r in b.joining]
+            )
+            for d, b in self.batches.items()
         }
         return other
 
     def unfinished(self) -> list[Served]:
         """Requests that wait or are at work."""
-        return [*self.queue, *(r for b in self.batches.values() for r in b.requests)]
+        return [*self.queue, *(r for b in self.batches.values() for r in b.everyone)]
 
     def serve_until(self, end_s: float, sharp: bool = False) -> None:
         """Run batches to `end_s`, whole steps only. sharp: no step or prefill that would end later is begun; otherwise one may."""
@@ -125,11 +135,16 @@ class Service:
 
     def _size(self, pipeline: int) -> int:
         batch = self.batches.get(pipeline)
-        return 0 if batch is None else len(batch.requests)
+        return 0 if batch is None else len(batch.everyone)
 
     def _ready_s(self, pipeline: int) -> float:
         batch = self.batches.get(pipeline)
-        return self.free_s.get(pipeline, 0.0) if batch is None else batch.ready_s + batch.prefill_left_s
+        if batch is None:
+            return self.free_s.get(pipeline, 0.0)
+        if batch.joining:
+            step, progress = self._beside(batch)
+            return batch.ready_s + math.ceil(batch.prefill_left_s / progress) * step
+        return batch.ready_s + batch.prefill_left_s
 
     def times(self, size: int) -> StepTimes:
         """Of a batch of that size, at the next measured size."""
@@ -140,8 +155,14 @@ class Service:
     def _advance(self, pipeline: int, end_s: float, sharp: bool) -> None:
         """Prefill of who joined, or steps up to the next end, arrival, or `end_s`."""
         batch = self.batches[pipeline]
+        if batch.joining:
+            self._advance_both(pipeline, batch, end_s, sharp)
+            return
         if self.continuous and batch.prefill_left_s == 0:
             self._join(pipeline, batch, end_s if sharp else math.inf)
+            if batch.joining:
+                self._advance_both(pipeline, batch, end_s, sharp)
+                return
         at = batch.ready_s
         if batch.prefill_left_s > 0:
             if sharp and at + batch.prefill_left_s > end_s:
@@ -162,10 +183,46 @@ class Service:
 
     def _join(self, pipeline: int, batch: Batch, end_s: float) -> None:
         """Waiting requests take free slots, if their prefill ends in time."""
+        assert self.layout is not None
         size = self._share(pipeline, batch.ready_s)
-        if size and batch.ready_s + self.times(size).prefill <= end_s:
-            batch.requests += [self.queue.popleft() for _ in range(size)]
-            batch.prefill_left_s = self.times(size).prefill
+        if not size:
+            return
+        prefill = seconds = self.times(size).prefill
+        beside = self.layout.pipeline > 1
+        if beside:
+            step, progress = self.times(len(batch.requests)).beside(self.times(size))
+            seconds = math.ceil(prefill / progress) * step
+        if batch.ready_s + seconds <= end_s:
+            (batch.joining if beside else batch.requests).extend(self.queue.popleft() for _ in range(size))
+            batch.prefill_left_s = prefill
+
+    def _beside(self, batch: Batch) -> tuple[float, float]:
+        return self.times(len(batch.requests)).beside(self.times(len(batch.joining)))
+
+    def _advance_both(self, pipeline: int, batch: Batch, end_s: float, sharp: bool) -> None:
+        """Steps with a prefill in their gaps, up to the next end, the prefill's end, or `end_s`."""
+        at = batch.ready_s
+        step, progress = self._beside(batch)
+        steps = min(min(r.tokens - r.done for r in batch.requests), math.ceil(batch.prefill_left_s / progress))
+        if sharp:
+            steps = min(steps, arranger.steps_before_leaving(end_s - at, 0.0, step, steps))
+            if not steps:
+                batch.ready_s = end_s
+                return
+        else:
+            steps = min(steps, max(1, math.floor((end_s - at) / step)))
+        batch.prefill_left_s -= steps * progress
+        if batch.prefill_left_s <= 1e-9:
+            batch.prefill_left_s, joined = 0.0, batch.joining
+            batch.joining = []
+        else:
+            joined = []
+        self._step(pipeline, batch, steps, at + steps * step)
+        batch.requests += joined
+        if joined or batch.joining:
+            self.batches[pipeline] = batch
+        if not batch.requests:  # the rest of the prefill has the stages to itself
+            batch.requests, batch.joining = batch.joining, []
 
     def _undisturbed(self, batch: Batch, step: float) -> int:
         """Steps until somebody may want to join: at the first step that begins after the next arrival."""
@@ -191,7 +248,7 @@ class Service:
 
     def drop(self, pipelines: Sequence[int]) -> None:
         """The requests of these pipelines go back to the head of the queue and lose their tokens."""
-        self.put_back([r for p in pipelines if p in self.batches for r in self.batches.pop(p).requests])
+        self.put_back([r for p in pipelines if p in self.batches for r in self.batches.pop(p).everyone])
 
     def put_back(self, lost: Sequence[Served]) -> None:
         for r in lost:

@@ -202,7 +202,7 @@ def perform(service: Service, step: Transition, stop_s: float) -> None:
             started = _started(olds[old])
             if started and arranger.worth_moving(max(ready), service.done_s(olds[old])):
                 batch = olds.pop(old)
-                service.put_back([r for r in batch.requests if r not in started])
+                service.put_back([r for r in batch.everyone if r not in started])
                 moved.append(Batch(started, batch.ready_s, 0.0))
         free[new] = stop_s + _pipelined(ready, prefill)
         if moved:
@@ -217,6 +217,8 @@ def perform(service: Service, step: Transition, stop_s: float) -> None:
 
 def _started(batch: Batch) -> list[Served]:
     """Requests that have KV to move: all, unless a prefill is under way; then those that were there before it."""
+    if batch.joining:
+        return batch.requests
     return [r for r in batch.requests if r.done or batch.prefill_left_s == 0]
 
 
