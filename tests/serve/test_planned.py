@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from wager.serve.llm import LLM
-from wager.serve.planned import SHAPES
 from wager.serve.runner import Growth, ModelRunner, SpanInput
 from wager.serve.token_tree import TokenTree
 
@@ -77,12 +76,25 @@ def test_a_hook_that_comes_later_is_called(tiny_dir):
     handle.remove()
 
 
-def test_calls_are_kept_for_a_bounded_number_of_shapes(tiny_dir):
+def test_one_list_of_calls_serves_every_shape_and_is_made_anew_for_other_buffers_and_threads(tiny_dir):
     planned = runner_of(tiny_dir).planned()
     assert planned is not None
-    body = planned.body
-    body.room(1, 1, 0, SHAPES + 5)
+    body, threads = planned.body, torch.get_num_threads()
+    body.room(4, 1, 4, 8)
+    for tokens, width in ((1, 1), (3, 4), (1, 8)):
+        body.starts_R[1] = tokens
+        first = body.run(tokens, 1, 0, width).copy()
+        arguments = body._layers[0]
+        assert [a.tokens for _, a, _ in body._layers] == [tokens] * len(body._layers)
+        assert np.array_equal(body.run(tokens, 1, 0, width), first) and body._layers[0] is arguments
+    try:
+        torch.set_num_threads(threads + 1)
+        body.run(1, 1, 0, 8)
+        assert body._layers[0] is not arguments and body._layers[0][1].threads == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    arguments = body._layers[0]
+    body.room(64, 1, 4, 8)
     body.starts_R[1] = 1
-    for width in range(1, SHAPES + 5):
-        body.run(1, 1, 0, width)
-    assert len(body._calls) == SHAPES
+    body.run(1, 1, 0, 8)
+    assert body._layers[0] is not arguments

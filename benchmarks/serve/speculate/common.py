@@ -126,24 +126,26 @@ def read_prompts(llm: LLM, data: Path | None, count: int, longest: int = 256) ->
 
 
 def roofline(engine: Engine, greedy: bool, tokens_per_step: float) -> dict[str, Any]:
-    """What a Sequoia engine measured of this machine and pair, and the speed-up these figures allow.
+    """What a Sequoia engine with dynamic trees measured of this machine and pair, and the speed-up these figures allow.
 
-    The bound is the planner's: tokens per step over what a step costs relative to plain decoding. `free_draft_bound` is the same with a
-    draft that costs nothing.
+    `model_speedup` is tokens per step over what a step of the usual tree costs, as priced, relative to plain decoding; `free_draft_bound` the
+    same with a draft that costs nothing.
     """
     choice = engine.llm.engine.core.speculator.drafters["sequoia"].choice  # type: ignore[union-attr]
-    profile, counter = choice.profile, choice.counters[greedy]
-    tree = choice.tree(1, greedy)
-    plain_ms, size = profile.target_ms(1, 1), len(tree) + 1
+    profile, counter, price = choice.profile, choice.counters[greedy], choice.price(1)
+    chances, usual = choice.by_confidence[greedy].chances(len(choice.by_confidence[greedy].visits) - 1)
+    plain_ms, rows = profile.target_ms(1, 1), 1 + engine.guesses_per_step
     return {
         "acceptance": [round(float(p), 4) for p in counter.p[:8]],
         "decisions": counter.decisions,
+        "acceptance by confidence": [[round(p, 4) for p in row[:3]] for row in chances],
+        "a first guess": usual,
         "target_ms": {n: round(profile.target_ms(1, n), 3) for n in (1, 2, 4, 8, 16, 32, 64)},
         "draft_ms": {n: round(profile.draft_ms(1, n), 3) for n in (1, 2, 4, 8, 16)},
+        "pass_ms": price.pass_ms,
+        "row_ms": price.row_ms(rows),
         "overhead_ms": round(profile.overhead, 3),
-        "tree": list(tree.parents),
-        "expected_tokens": tree.expected_tokens,
-        "expected_speedup": tree.expected_speedup,
-        "model_speedup": tokens_per_step * plain_ms / profile.step_ms(1, size, tree.frontiers),
-        "free_draft_bound": tokens_per_step * plain_ms / profile.target_ms(1, size),
+        "rows": rows,
+        "model_speedup": tokens_per_step * plain_ms / price.usual_ms,
+        "free_draft_bound": tokens_per_step * plain_ms / profile.target_ms(1, rows),
     }

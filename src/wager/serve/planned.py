@@ -1,8 +1,8 @@
 """The blocks of a Llama-layout model as a fixed list of native calls: what a step costs is then its weights, not its bookkeeping.
 
 Making tensors and arguments for every operator of every layer in Python costs some milliseconds a pass: a tenth of a decode step of a small
-model, several times the work of a draft model of two layers. Here every buffer exists once and the arguments of every call are made once per shape, so that
-a pass fills in tokens, positions and block numbers and runs the list. The kernels are those of the ordinary pass, in the same order, and so
+model, several times the work of a draft model of two layers. Here every buffer and the arguments of every call exist once, so that a pass fills
+in tokens, positions, block numbers and, where it changed, the shape, and runs the list. The kernels are those of the ordinary pass, in the same order, and so
 are the bits.
 
 Models of other kinds (another family, other devices, quantized forms with padding, blocks with hooks) go the ordinary way: `plan` returns None.
@@ -13,7 +13,6 @@ Shape legend: T tokens, R spans, B blocks of a table row, P mask words, D hidden
 from __future__ import annotations
 
 import ctypes
-from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,9 @@ from wager.models.llama import Block, Llama
 from wager.serve.batch import Batch
 from wager.serve.cache.pool import KVPool
 
-SHAPES = 256  # the latest ones, whose calls are kept
 ROPE_POSITIONS = 512  # whose angles are there from the start
-Calls = list[tuple[Any, tuple]]
+Call = tuple[Any, tuple]
+Calls = list[Call]
 Halves = list[tuple[BlockInput, BlockOutput]]
 
 
@@ -43,7 +42,12 @@ class PlannedBody:
         self.model, self.pool, self.block_size, self.halves = model, pool, block_size, halves
         self._angles = self._turns(ROPE_POSITIONS)
         self._room = (0, 0, 0, 0)
-        self._calls: OrderedDict[tuple[int, ...], Calls] = OrderedDict()
+        self._calls: Calls = []
+        self._layers: list[
+            tuple[Any, Any, Any]
+        ] = []  # the calls' arguments: of a block's first half, attention and second half
+        self._threads = 0  # that the calls were made for; 0: they are to be made
+        self._shape: tuple[int, ...] = ()
 
     def room(self, tokens: int, spans: int, words: int = 0, table_entries: int = 0) -> None:
         """Buffers for that many at least; larger ones replace them, with contents lost, when they do not suffice."""
@@ -51,7 +55,7 @@ class PlannedBody:
         if all(a <= b for a, b in zip(asked, self._room, strict=True)):
             return
         self._room = rows, spans, mask, entries = tuple(map(max, map(_rounded, asked), self._room))
-        self._calls.clear()
+        self._threads = 0
         width, (heads, kv_heads, head_dim) = self.model.hidden_size, self.halves[0][0].shape
         self.tokens_T, self.positions_T, self.slots_T = (buffer(rows, torch.int64) for _ in range(3))
         self.starts_R, self.contexts_R = buffer(spans + 1, torch.int32), buffer(spans, torch.int32)
@@ -63,16 +67,43 @@ class PlannedBody:
 
     def run(self, tokens: int, spans: int, words: int, table_width: int) -> np.ndarray:
         """The normed hidden states [T, D] of what the arrays hold (words: P, table_width: B); the next pass uses the buffer again."""
-        key = (tokens, spans, words, table_width, torch.get_num_threads())
-        if key not in self._calls:
-            self._calls[key] = self._make_calls(*key)
-            if len(self._calls) > SHAPES:
-                self._calls.popitem(last=False)
-        self._calls.move_to_end(key)
+        shape, threads = (tokens, spans, words, table_width), torch.get_num_threads()
+        if threads != self._threads:
+            self._make_calls(threads)
+            self._shape = ()
+        if shape != self._shape:
+            self._fit(*shape)
         self._turn(tokens)
-        for function, arguments in self._calls[key]:
+        for function, arguments in self._calls:
             function(*arguments)
         return self._normed[:tokens]
+
+    def _fit(self, tokens: int, spans: int, words: int, table_width: int) -> None:
+        """Write a shape into the calls' arguments: trees make a new one almost every step."""
+        mask = at(self.mask) if words else None
+        for first, attention, second in self._layers:
+            first.qkv.rows = second.output.rows = second.gate_up.rows = second.down.rows = tokens
+            attention.tokens, attention.spans, attention.table_width = tokens, spans, table_width
+            attention.words, attention.mask = words, mask
+        self._calls[0], self._calls[-1] = self._ends(tokens)
+        self._shape = tokens, spans, words, table_width
+
+    def _ends(self, tokens: int) -> tuple[Call, Call]:
+        """The embedding and the last norm."""
+        lib, model, threads = native.library(), self.model, self._threads
+        table, norm = model.embed.weight, model.norm
+        embed = getattr(lib, f"wager_embedding_{native.SUFFIX[table.dtype]}")
+        last = getattr(lib, f"wager_rms_norm_{native.SUFFIX[norm.weight.dtype]}")
+        return (
+            (embed, (table.data_ptr(), at(self.tokens_T), tokens, model.hidden_size, at(self._x), threads)),
+            (
+                last,
+                (
+                    at(self._branch), model.hidden_size, at(self._stream), norm.weight.data_ptr(), tokens, model.hidden_size, norm.eps,
+                    norm.offset, at(self._normed), threads,
+                ),
+            ),
+        )  # fmt: skip
 
     def _turn(self, tokens: int) -> None:
         """The angles of the positions, from tables that grow with the longest sequence."""
@@ -85,53 +116,41 @@ class PlannedBody:
     def _turns(self, positions: int) -> list[np.ndarray]:
         return [t.contiguous().numpy() for t in self.model.rope(torch.arange(positions))]
 
-    def _make_calls(self, tokens: int, spans: int, words: int, table_width: int, threads: int) -> Calls:
-        lib, model = native.library(), self.model
-        table, norm = model.embed.weight, model.norm
-        embed = getattr(lib, f"wager_embedding_{native.SUFFIX[table.dtype]}")
-        calls: Calls = [
-            (embed, (table.data_ptr(), at(self.tokens_T), tokens, model.hidden_size, at(self._x), threads)),
-        ]
-        stream = None
+    def _make_calls(self, threads: int) -> None:
+        """All calls, but for their shape."""
+        self._threads, self._layers, stream = threads, [], None
+        ends = self._ends(0)
+        calls: Calls = [ends[0]]
         for layer, (first, second) in enumerate(self.halves):
-            calls.append((first.function, (self._input(first, stream, tokens, threads),)))
-            calls.append(self._attention(layer, tokens, spans, words, table_width, threads))
+            attend, attention = self._attention(layer, threads)
             total = self._x if stream is None else self._total
-            calls.append((second.function, (self._output(second, total, tokens, threads),)))
-            stream = self._stream
-        last = getattr(lib, f"wager_rms_norm_{native.SUFFIX[norm.weight.dtype]}")
-        calls.append(
-            (
-                last,
-                (
-                    at(self._branch), model.hidden_size, at(self._stream), norm.weight.data_ptr(), tokens, model.hidden_size, norm.eps,
-                    norm.offset, at(self._normed), threads,
-                ),
+            arguments = self._input(first, stream, threads), attention, self._output(second, total, threads)
+            calls += zip(
+                (first.function, attend, second.function), ((ctypes.byref(a),) for a in arguments), strict=True
             )
-        )  # fmt: skip
-        return calls
+            self._layers.append(arguments)
+            stream = self._stream
+        self._calls = [*calls, ends[1]]
 
-    def _input(self, half: BlockInput, stream: np.ndarray | None, tokens: int, threads: int) -> Any:
+    def _input(self, half: BlockInput, stream: np.ndarray | None, threads: int) -> Any:
         """Norm, projection and rotation of what the block before it made: (branch, stream), or the embeddings alone."""
         a = InputArgs.from_buffer_copy(half.template)
         a.x = at(self._x) if stream is None else at(self._branch)
         if stream is not None:
             a.residual, a.total = at(stream), at(self._total)
-        a.qkv.rows, a.qkv.y, a.qkv.threads = tokens, at(self._qkv), threads
+        a.qkv.y, a.qkv.threads = at(self._qkv), threads
         a.cos, a.sin, a.pairs = at(self._cos_TR), at(self._sin_TR), self._cos_TR.shape[1]
-        return ctypes.byref(a)
+        return a
 
-    def _output(self, half: BlockOutput, total: np.ndarray, tokens: int, threads: int) -> Any:
+    def _output(self, half: BlockOutput, total: np.ndarray, threads: int) -> Any:
         a = OutputArgs.from_buffer_copy(half.template)
         a.output.x, a.output.residual, a.output.y = at(self._attended), at(total), at(self._stream)
-        a.output.rows = a.gate_up.rows = a.down.rows = tokens
         a.output.threads = a.gate_up.threads = a.down.threads = threads
         a.down.y = at(self._branch)
-        return ctypes.byref(a)
+        return a
 
-    def _attention(
-        self, layer: int, tokens: int, spans: int, words: int, table_width: int, threads: int
-    ) -> tuple[Any, tuple]:
+    def _attention(self, layer: int, threads: int) -> tuple[Any, Any]:
+        """The function and its arguments."""
         spec, k_pool, v_pool = self.model.attention[layer], self.pool.k[layer], self.pool.v[layer]
         assert v_pool is not None
         row = self._qkv.shape[1] * self._qkv.shape[2]
@@ -142,12 +161,11 @@ class PlannedBody:
             k_pool=k_pool.data_ptr(), v_pool=v_pool.data_ptr(),
             k_slot=k_pool.stride(0), k_head=k_pool.stride(1), v_slot=v_pool.stride(0), v_head=v_pool.stride(1),
             tables=at(self.tables), starts=at(self.starts_R), contexts=at(self.contexts_R), positions=at(self.positions_T),
-            mask=at(self.mask) if words else None, out=at(self._attended),
-            tokens=tokens, spans=spans, table_width=table_width, heads=spec.num_heads, kv_heads=spec.num_kv_heads,
-            key_dim=spec.key_dim, value_dim=spec.value_dim, block_size=self.block_size, window=spec.window or 0, words=words,
+            out=at(self._attended), heads=spec.num_heads, kv_heads=spec.num_kv_heads,
+            key_dim=spec.key_dim, value_dim=spec.value_dim, block_size=self.block_size, window=spec.window or 0,
             scale=spec.scale, softcap=spec.softcap or 0.0, threads=threads,
         )  # fmt: skip
-        return getattr(native.library(), f"wager_attention_{native.POOL_SUFFIX[k_pool.dtype]}"), (ctypes.byref(a),)
+        return getattr(native.library(), f"wager_attention_{native.POOL_SUFFIX[k_pool.dtype]}"), a
 
     def holds(self) -> bool:
         """Whether the model's blocks are still those of the plan, without hooks."""

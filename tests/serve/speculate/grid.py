@@ -9,7 +9,7 @@ from scipy.stats import chi2
 TEMPERATURES, NUCLEI = (0.2, 0.6, 1.0), (0.9, 1.0)
 SAMPLED_GRID = list(itertools.product(TEMPERATURES, NUCLEI))
 MATCHING = ("chain", "specinfer-naive", "specexec", "suffix", "suffix-tree", "ngram", "hybrid")
-BY_RATIO = ("sequoia", "sequoia-tiny-head", "specinfer", "specinfer-merged")
+BY_RATIO = ("sequoia", "sequoia-tiny-head", "sequoia-dynamic", "specinfer", "specinfer-merged")
 ALLOWED = (3, 4, 5)  # the request allows three tokens, so all texts of three tokens can be counted
 
 
@@ -21,6 +21,7 @@ def configs(target, draft):
         "sequoia": {"method": "sequoia", "draft": draft, "tree": [-1, -1, 0, 0, 1, 2, 2]},
         "sequoia-perfect": {"method": "sequoia", "draft": target, "tree": [-1, 0, 1, -1, 0, 4]},
         "sequoia-auto": {"method": "sequoia", "draft": target, "max_tree_size": 8, "max_depth": 4},
+        "sequoia-dynamic": {"method": "sequoia", "draft": draft, "max_tree_size": 16, "max_depth": 3},
         "sequoia-small-head": {
             "method": "sequoia",
             "draft": target,

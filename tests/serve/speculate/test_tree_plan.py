@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wager.errors import UsageError
-from wager.serve.speculate.acceptance import AcceptanceCounter, AcceptanceVector, DepthCounter
+from wager.serve.speculate.acceptance import AcceptanceCounter, AcceptanceVector
 from wager.serve.speculate.hardware_profile import HardwareProfile
 from wager.serve.speculate.tree_plan import GrowMap, TreeTables, expected_tokens, plan_tree, plan_trees
 
@@ -178,22 +178,6 @@ def test_counted_acceptance_converges_with_mixed_widths():
         width = int(rng.integers(1, 5))
         counter.add(width, k if k < width else None)
     np.testing.assert_allclose(counter.p[:4], p, atol=0.02)
-
-
-def test_acceptance_by_depth_tells_the_length_of_paths_of_mixed_texts():
-    """Half of the texts are easy: one vector for all nodes promises longer paths than there are, the chances by depth do not."""
-    rng, depth = np.random.default_rng(3), 8
-    counter, lengths = DepthCounter(1, depth), []
-    for step in range(20000):
-        keep = 0.95 if step % 2 else 0.3
-        kept = next((d for d in range(depth) if rng.random() >= keep), depth)
-        lengths.append(kept)
-        for d in range(min(kept + 1, depth)):
-            counter.add(d, 1, 0 if d < kept else None)
-    by_depth = 1 + np.cumprod(counter.p[:, 0]).sum()
-    by_one = 1 + np.cumprod(np.full(depth, counter.every.p[0])).sum()
-    assert by_depth == pytest.approx(1 + np.mean(lengths), rel=0.02)
-    assert by_one > 1.1 * by_depth
 
 
 def test_a_plan_by_depth_with_equal_rows_is_the_plan_of_the_row():

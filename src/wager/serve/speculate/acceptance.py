@@ -7,6 +7,7 @@ to one pair of models, one temperature, one top-p and one accept rule.
 from __future__ import annotations
 
 import json
+from bisect import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,32 +98,70 @@ class AcceptanceCounter:
         return self.accepted / self.tried
 
 
-class DepthCounter:
-    """Acceptance by the depth of the deciding node, p[d, k]; a depth that was seldom reached leans on what all depths have in common.
+REFRESH = 16
+CONFIDENCE = (
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.55,
+    0.7,
+    0.85,
+    0.95,
+)  # probability of a draft's most likely token: edges of the bins
+OTHERS = (0.35, 0.15, 0.08, 0.05, 0.03)  # of what the first child leaves, believed of the others until they were tried
 
-    Some texts are easy to guess and some are not, and the easy ones bring most of the decisions: one vector for all nodes promises long paths
-    more than they keep. The chances by depth multiply to how often a whole path was kept.
-    """
 
-    def __init__(self, width: int, depth: int, prior: Sequence[float] = PRIOR, weight: float = 10.0):
-        self.every, self.weight = AcceptanceCounter(width, prior), weight
-        self.accepted, self.tried = np.zeros((depth, width)), np.zeros((depth, width))
+class ConfidenceCounter:
+    """Acceptance of the k-th child by how sure the draft is at the node, p[bin, k], for all requests and for each class of them; what a
+    class has seldom seen leans on all, and what all have seldom seen on a prior: a draft is right a little more often than it says."""
 
-    def add(self, depth: int, children: int, accepted: int | None) -> None:
-        """A node at this depth, 0 for the root, was decided."""
-        self.every.add(children, accepted)
-        if depth < len(self.tried):
-            self.tried[depth, :children] += 1
-            if accepted is not None and accepted < self.accepted.shape[1]:
-                self.accepted[depth, accepted] += 1
+    def __init__(self, width: int, classes: int, prior: float = 8.0, lean: float = 12.0):
+        bins = len(CONFIDENCE) + 1
+        middles = (np.array([0.0, *CONFIDENCE]) + np.array([*CONFIDENCE, 1.0])) / 2
+        first = 0.3 + 0.7 * middles
+        believed = np.zeros((bins, max(width, len(OTHERS) + 1)))
+        believed[:, 0] = first
+        believed[:, 1 : len(OTHERS) + 1] = (1 - first)[:, None] * np.array(OTHERS)
+        # lists: a decision changes a few entries, sooner than an array would
+        self.accepted, self.tried = (prior * believed[:, :width]).tolist(), [[prior] * width for _ in range(bins)]
+        self.class_accepted, self.class_tried = ([[[0.0] * width for _ in range(bins)] for _ in range(classes)] for _ in range(2))  # fmt: skip
+        self.visits = [[1 / bins] * bins for _ in range(classes)]
+        self.lean, self.usual = lean, float(first.mean())
+        self._kept: dict[int, tuple[list[list[float]], float]] = {}
+        self._fresh = 0  # decisions since then
 
-    @property
-    def decisions(self) -> int:
-        return self.every.decisions
+    @staticmethod
+    def bin(confidence: float) -> int:
+        return bisect(CONFIDENCE, confidence)
 
-    @property
-    def p(self) -> np.ndarray:
-        return (self.accepted + self.weight * self.every.p) / (self.tried + self.weight)
+    def add(self, number: int, confidence: float, children: int, accepted: int | None) -> None:
+        """A node with so many children, of a request of class `number`, was decided: the index of the accepted one, or None."""
+        row = self.bin(confidence)
+        every, own = self.tried[row], self.class_tried[number][row]
+        for k in range(children):
+            every[k] += 1
+            own[k] += 1
+        if accepted is not None:
+            self.accepted[row][accepted] += 1
+            self.class_accepted[number][row][accepted] += 1
+        self.visits[number][row] += 1
+        self.usual += 0.01 * ((accepted is not None) - self.usual)
+        self._fresh += 1
+        if self._fresh >= REFRESH:
+            self._kept.clear()
+            self._fresh = 0
+
+    def chances(self, number: int) -> tuple[list[list[float]], float]:
+        """p of a class, child by child never rising, and the chance of a first child at a node of which nothing is known yet. Computed anew
+        after every REFRESH decisions."""
+        if number not in self._kept:
+            every = np.array(self.accepted) / self.tried
+            p = (self.class_accepted[number] + self.lean * every) / (np.array(self.class_tried[number]) + self.lean)
+            visits = np.array(self.visits)
+            weight = visits[number] + self.lean * visits.sum(0) / visits.sum()
+            self._kept[number] = np.minimum.accumulate(p, 1).tolist(), float(p[:, 0] @ weight / weight.sum())
+        return self._kept[number]
 
 
 def greedy_bucket(target_W: np.ndarray, draft_W: np.ndarray, width: int) -> int:

@@ -92,6 +92,12 @@ def softmax(logits_W: np.ndarray, temperature: float) -> np.ndarray:
     return scores
 
 
+def confidence(logits_W: np.ndarray, best: int) -> float:
+    """The probability of the most likely token, `best`, at temperature 1."""
+    scores = logits_W - logits_W[best]
+    return 1.0 / float(np.exp(scores, out=scores).sum())
+
+
 def guess_law(logits_W: np.ndarray, temperature: float) -> np.ndarray:
     """float64 [W]: a draft's softmax with exponentials in float32. Any law will do for guesses, as long as they are drawn from it."""
     scores = logits_W - logits_W.max()

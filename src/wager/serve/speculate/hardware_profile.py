@@ -37,10 +37,10 @@ class HardwareProfile:
     overhead: float = 0.0
     context_tokens: int = 0
 
-    def target_ms(self, batch: int, size: int) -> float:
+    def target_ms(self, batch: int, size: float) -> float:
         return self._at(self.target, batch, size)
 
-    def draft_ms(self, batch: int, size: int) -> float:
+    def draft_ms(self, batch: int, size: float) -> float:
         return self._at(self.draft, batch, size) if size else 0.0
 
     def step_ms(self, batch: int, size: int, frontier: Sequence[int]) -> float:
@@ -50,7 +50,7 @@ class HardwareProfile:
         drafting = self.draft_ms(batch, 1) + sum(self.draft_ms(batch, n) for n in frontier)
         return self.target_ms(batch, size) + drafting + self.overhead
 
-    def _at(self, table: Sequence[Sequence[float]], batch: int, size: int) -> float:
+    def _at(self, table: Sequence[Sequence[float]], batch: int, size: float) -> float:
         per_batch = [_line(self.sizes, row, size) for row in table]
         return _line(self.batches, per_batch, batch)
 
