@@ -45,7 +45,7 @@ class PlannedBody:
         self._calls: Calls = []
         self._layers: list[
             tuple[Any, Any, Any]
-        ] = []  # the calls' arguments: of a block's first half, attention and second half
+        ] = []  # arguments: of a block's first half, its attention, its second half
         self._threads = 0  # that the calls were made for; 0: they are to be made
         self._shape: tuple[int, ...] = ()
 

@@ -108,7 +108,7 @@ CONFIDENCE = (
     0.7,
     0.85,
     0.95,
-)  # probability of a draft's most likely token: edges of the bins
+)  # edges of bins for the probability of a draft's most likely token
 OTHERS = (0.35, 0.15, 0.08, 0.05, 0.03)  # of what the first child leaves, believed of the others until they were tried
 
 

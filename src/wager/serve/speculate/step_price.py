@@ -18,7 +18,7 @@ MEMORY = 1 - 1 / 256  # of steps, a step later
 SCATTER = 0.1  # of real steps, as part of a plain one
 TRUST = np.array(
     [1.0, 0.1]
-)  # how far off the profile may be for a step and for a row of each request, as parts of a plain step
+)  # how far off the profile may be, for a step and per row of a request: parts of a plain step
 HICCUP = 2.0  # times the usual that a draft pass counts for at most
 SOLVE_EVERY = 8  # steps, after the first ones
 RATE_WEIGHT = 0.05  # of a new step in running averages

@@ -34,11 +34,7 @@ MEMORY = 0.93  # of what is known of a request, a step later
 BELIEF = 6.0  # decisions that weigh as much as a request's own, of what is usual
 LEAST_SCORE = 1e-3  # of a node, where rows cost nothing
 SPARE = 4  # nodes beyond twice the usual that a request may get, so that trees can grow from step to step
-SCARCER, LESS_SCARCE, SCARCEST = (
-    1.2,
-    0.98,
-    0.5,
-)  # how the price of a node follows where max_size cut trees, step by step
+SCARCER, LESS_SCARCE, SCARCEST = 1.2, 0.98, 0.5  # how a node's price follows, step by step, where max_size cuts trees
 
 
 @dataclass
