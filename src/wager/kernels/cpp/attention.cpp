@@ -8,46 +8,14 @@
 #include <cmath>
 #include <vector>
 
-#include "attention_pairs.h"
+#include "attention_plan.h"
 #include "pool.h"
-
-constexpr int TILE = 64;      // query rows (tokens times heads of the group) of a tile, at most; more when one token has more heads
-constexpr int DIRECT = 8;      // query rows up to which bfloat16 keys are used where they lie
-constexpr long PIECE = 1024;  // keys of a piece, a multiple of KEYS
-constexpr long ROW_BYTES = 4096;  // of keys and values that an item takes of one token: a block and the next fit the second-level cache
-constexpr double SERIAL_PRODUCTS = 1 << 17;  // below, waking other threads costs more than they save
-
-struct Args {
-    const float* q;  // [T, H, K], tokens q_token apart
-    const float *new_k, *new_v;  // rows to store first, [T, G * K] and [T, G * V], or null; tokens new_k_token and new_v_token apart
-    const int64_t* slots;        // where they go; -1: nowhere
-    const float* sinks;          // [H] or null: a score per head that takes part in the softmax but carries no value
-    int64_t q_token, new_k_token, new_v_token;
-    const void *k_pool, *v_pool;
-    long k_slot, k_head, v_slot, v_head;  // strides in elements
-    const int32_t *tables, *starts, *contexts;
-    const int64_t* positions;
-    const int64_t* mask;  // [T, words] or null
-    float* out;           // [T, H, V]
-    int64_t tokens, spans, table_width, heads, kv_heads, key_dim, value_dim, block_size, window, words;  // window 0: none
-    float scale, softcap;                                                                              // softcap 0: none
-    int threads;
-};
-
-struct Item {
-    int32_t span, head, heads, first, count;  // key/value heads [head, head + heads), query tokens [first, first + count) of the span
-    int64_t key0, key1;
-    int64_t partial;  // row of the partial results, -1: the only piece
-};
 
 // What one thread keeps of an item: for each head, for each query row (token, head of the group).
 struct Scratch {
     std::vector<float> q, k, v, acc, top, totals, scores, rescale, fresh, bias;
     std::vector<uint32_t> q_pairs, k_pairs, v_pairs, weight_pairs;
 };
-
-template <typename E>
-constexpr bool PAIRS = HAS_PAIRS && std::is_same_v<E, bf16>;
 
 // Sizes of an item. `copies`: blocks are widened first, which pays when many queries share them, or when rows have no whole number of pairs.
 struct Layout {
@@ -76,16 +44,6 @@ static bool visible(const Args& a, int32_t span, long i, long context, long key,
     return key_position > position - a.window;
 }
 
-// One more than the highest mask bit of some rows: cached rows of a tree that is grown level by level may precede the span's own.
-static long masked_keys(const Args& a, long row, long count) {
-    for (long w = a.words - 1; w >= 0; w--) {
-        uint64_t any = 0;
-        for (long i = row; i < row + count; i++) any |= (uint64_t)a.mask[i * a.words + w];
-        if (any) return w * 64 + 64 - __builtin_clzll(any);
-    }
-    return 0;
-}
-
 // One over the softmax's denominator, for sums taken relative to `top`.
 static float inverse_total(const Args& a, long head, float top, float total) {
     if (!(total > 0)) return 0.0f;
@@ -96,7 +54,7 @@ static float inverse_total(const Args& a, long head, float top, float total) {
 // thrown away.
 template <typename E>
 struct Rows {
-    const E *k[KEYS], *v[KEYS];
+    const E *k[BLOCK<E>], *v[BLOCK<E>];
 };
 
 template <typename E>
@@ -109,51 +67,51 @@ static inline void find_rows(const Args& a, const Item& item, long key0, int cou
         rows.k[j] = k + slot * a.k_slot, rows.v[j] = v + slot * a.v_slot;
         if (++inside == a.block_size) inside = 0, page++;
     }
-    for (int j = count; j < KEYS; j++) rows.k[j] = rows.k[count - 1], rows.v[j] = rows.v[count - 1];
+    for (int j = count; j < BLOCK<E>; j++) rows.k[j] = rows.k[count - 1], rows.v[j] = rows.v[count - 1];
 }
 
 // `ahead` will fetch these rows, of all heads of the item they belong to, in `calls` calls.
 template <typename E>
 static void aim(const Args& a, const Item& item, const Rows<E>& rows, int count, bool latent, long calls, Ahead& ahead) {
-    ahead.count = ahead.row = 0, ahead.at = 0, ahead.keys = count;
-    ahead.bytes[0] = ((item.heads - 1) * a.k_head + a.key_dim) * (long)sizeof(E);
-    ahead.bytes[1] = ((item.heads - 1) * a.v_head + a.value_dim) * (long)sizeof(E);
+    ahead.start(count, ((item.heads - 1) * a.k_head + a.key_dim) * (long)sizeof(E), ((item.heads - 1) * a.v_head + a.value_dim) * (long)sizeof(E));
     for (int j = 0; j < count; j++) ahead.add(rows.k[j]);
     for (int j = 0; j < count && !latent; j++) ahead.add(rows.v[j]);
-    ahead.quota = (ahead.lines() + calls - 1) / calls;
+    ahead.share(calls);
 }
 
 // Scores of the keys that a token does not see become -inf, whatever they were: past the last key lie leftovers. `hidden` is the token's row,
 // 0 or -inf for each key of the block.
-static void hide(float* scores, long rows, const float* hidden) {
+static void hide(float* scores, long rows, long stride, int count, const float* hidden) {
     for (long r = 0; r < rows; r++)
-        for (int j = 0; j < KEYS; j += VL) {
+        for (int j = 0; j < count; j += VL) {
             vf which = load(hidden + j);
-            store(scores + r * KEYS + j, which == 0.0f ? load(scores + r * KEYS + j) : which);
+            store(scores + r * stride + j, which == 0.0f ? load(scores + r * stride + j) : which);
         }
 }
 
-// 0 for the keys [key, key + count) that a token sees, else -inf. False when it sees all KEYS keys, and then `hidden` is not written.
-static bool hidden_keys(const Args& a, const Item& item, long token, long key, int count, float* hidden) {
+// 0 for the keys [key, key + count) that a token sees, else -inf, also for more up to `block`. False when it sees `block` keys, and then
+// `hidden` is not written.
+static bool hidden_keys(const Args& a, const Item& item, long token, long key, int count, int block, float* hidden) {
     long context = a.contexts[item.span], position = a.positions[a.starts[item.span] + token];
     bool windowed = a.window && key <= position - a.window;
-    if (count == KEYS && !windowed && key + KEYS <= context + (a.mask ? 0 : token + 1) && (!a.window || key + KEYS <= context)) return false;
+    if (count == block && !windowed && key + block <= context + (a.mask ? 0 : token + 1) && (!a.window || key + block <= context)) return false;
     if (!a.window && !a.mask) {
-        for (int j = 0; j < KEYS; j++) hidden[j] = j < count && key + j <= context + token ? 0.0f : -INFINITY;
+        for (int j = 0; j < block; j++) hidden[j] = j < count && key + j <= context + token ? 0.0f : -INFINITY;
         return true;
     }
-    for (int j = 0; j < KEYS; j++) hidden[j] = j < count && visible(a, item.span, token, context, key + j, position) ? 0.0f : -INFINITY;
+    for (int j = 0; j < block; j++) hidden[j] = j < count && visible(a, item.span, token, context, key + j, position) ? 0.0f : -INFINITY;
     return true;
 }
 
 // Scores of one head's queries with a block become softmax weights.
-static void soften(const Args& a, const Layout& l, Scratch& s, long head, const bool* partly) {
+static void soften(const Args& a, const Layout& l, Scratch& s, long head, long stride, int count, const bool* partly) {
     float* scores = s.scores.data();
     if (a.softcap > 0)
-        for (long i = 0; i < l.rows * KEYS; i += VL) store(scores + i, softcap_v(load(scores + i), a.softcap));
+        for (long r = 0; r < l.rows; r++)
+            for (int j = 0; j < count; j += VL) store(scores + r * stride + j, softcap_v(load(scores + r * stride + j), a.softcap));
     for (long i = 0; i * l.group < l.rows; i++)
-        if (partly[i]) hide(scores + i * l.group * KEYS, l.group, s.bias.data() + i * KEYS);
-    weigh(scores, l.rows, s.top.data() + head * padded_width(l.rows), s.totals.data() + head * l.rows * VL, s.rescale.data(), s.fresh.data());
+        if (partly[i]) hide(scores + i * l.group * stride, l.group, stride, count, s.bias.data() + i * stride);
+    weigh(scores, l.rows, stride, count, s.top.data() + head * padded_width(l.rows), s.totals.data() + head * l.rows * VL, s.rescale.data(), s.fresh.data());
 }
 
 // All queries of one head take in a block of keys and values of type E at `k` and `v`.
@@ -161,7 +119,7 @@ template <typename E>
 static void take_in(const Args& a, const Layout& l, Scratch& s, long head, const E* const* k, const E* const* v, int count, const bool* partly, Ahead& ahead) {
     float *scores = s.scores.data(), *rescale = s.rescale.data(), *q = s.q.data() + head * l.rows * l.kp, *acc = s.acc.data() + head * l.rows * l.vp;
     in_tiles(l.rows, [&](long r, auto rows) { scores_of<rows>(q + r * l.kp, l.kp, k, count, a.scale, scores + r * KEYS, ahead); });
-    soften(a, l, s, head, partly);
+    soften(a, l, s, head, KEYS, count, partly);
     for (long d = 0; d < l.vp;) {
         bool wide = d + 2 * PAIR <= l.vp;
         in_tiles(l.rows, [&](long r, auto rows) {
@@ -177,26 +135,30 @@ static void take_in(const Args& a, const Layout& l, Scratch& s, long head, const
 }
 
 #if defined(__AVX512BF16__)
-// The same in products of bfloat16 pairs.
+// The same in products of bfloat16 pairs; `k_at` and `v_at` are where the head begins in a row.
 static void take_in_pairs(const Args& a, const Layout& l, Scratch& s, long head, const Rows<bf16>& from, int count, const bool* partly, Ahead& ahead) {
-    float *scores = s.scores.data(), *acc = s.acc.data() + head * l.rows * l.vp;
+    float *scores = s.scores.data(), *acc = s.acc.data() + head * l.rows * l.vp, *rescale = s.rescale.data();
     int pairs = (count + 1) / 2;
-    two *q = room(s.q_pairs, 0) + head * l.rows * l.kp, *k = room(s.k_pairs, KEYS * l.kp / 2), *v = room(s.v_pairs, KEYS * l.vp / 2);
-    two* weights = room(s.weight_pairs, l.rows * KEYS);
-    turn_keys(from.k, a.key_dim, l.kp, count, k);
-    in_pair_tiles(l.rows, [&](long r, auto rows) { pair_scores<rows>(q + r * l.kp, l.kp, k, a.scale, scores + r * KEYS, ahead); });
-    soften(a, l, s, head, partly);
-    for (long r = 0; r < l.rows; r++) split_row(scores + r * KEYS, KEYS, weights + r * KEYS);
-    pair_values(from.v, a.value_dim, l.vp, pairs, v);
+    long k_at = head * a.k_head, v_at = head * a.v_head, stride = l.rows * 32;
+    two *q = room(s.q_pairs, 0) + head * l.rows * l.kp, *k = room(s.k_pairs, PAIR_KEYS * l.kp / 2), *weights = room(s.weight_pairs, l.rows * PAIR_KEYS);
+    turn_keys(from.k, k_at, a.key_dim, l.kp, count, k);
+    in_pair_tiles(l.rows, [&](long r, auto rows) {
+        auto some = [&](int j, auto vectors) { pair_scores<rows, vectors>(q + r * 32, stride, l.kp, k + j, a.scale, scores + r * PAIR_KEYS + j, ahead); };
+        if (count > PAIR_KEYS - 16) return some(0, std::integral_constant<int, PAIR_KEYS / 16>{});
+        int j = 0;
+        if (count > 16) some(0, std::integral_constant<int, 2>{}), j = 32;
+        if (j < count) some(j, std::integral_constant<int, 1>{});
+    });
+    soften(a, l, s, head, PAIR_KEYS, count, partly);
+    for (long r = 0; r < l.rows; r++) split_row(scores + r * PAIR_KEYS, (pairs * 2 + 31) / 32 * 32, weights + r * PAIR_KEYS);
+    two* v = room(s.v_pairs, PAIR_KEYS * l.vp / 2);
+    pair_values(from.v, v_at, a.value_dim, l.vp, pairs, v);
     for (long d = 0; d < l.vp;) {
         bool wide = d + 64 <= l.vp;
         in_pair_tiles(l.rows, [&](long r, auto rows) {
-            constexpr int WIDTH = rows == MOST ? 2 : 4;
-            const two* mine = weights + r * KEYS;
-            float *sums = acc + r * l.vp, *rescale = s.rescale.data() + r;
-            if (wide && WIDTH == 4) return add_pairs<rows, WIDTH>(mine, v, pairs, d, l.vp, sums, rescale, ahead);
-            add_pairs<rows, 2>(mine, v, pairs, d, l.vp, sums, rescale, ahead);
-            if (wide) add_pairs<rows, 2>(mine, v, pairs, d + 32, l.vp, sums, rescale, ahead);
+            auto add = [&](auto vectors) { add_pairs<rows, vectors>(weights + r * PAIR_KEYS, v + d * (PAIR_KEYS / 2), pairs, acc + r * l.vp + d, l.vp, rescale + r, ahead); };
+            if (wide) add(std::integral_constant<int, 4>{});
+            else add(std::integral_constant<int, 2>{});
         });
         d += wide ? 64 : 32;
     }
@@ -205,22 +167,24 @@ static void take_in_pairs(const Args& a, const Layout& l, Scratch& s, long head,
 
 // All heads of an item take in a block.
 template <typename E>
-static void take_in_block(const Args& a, const Item& item, const Layout& l, Scratch& s, Rows<E> rows, long key, int count, Ahead& ahead) {
+static void take_in_block(const Args& a, const Item& item, const Layout& l, Scratch& s, Rows<E>& rows, long key, int count, Ahead& ahead) {
     bool partly[TILE];
-    for (long i = 0; i < item.count; i++) partly[i] = hidden_keys(a, item, i + item.first, key, count, s.bias.data() + i * KEYS);
+    for (long i = 0; i < item.count; i++) partly[i] = hidden_keys(a, item, i + item.first, key, count, BLOCK<E>, s.bias.data() + i * BLOCK<E>);
     const float *k[KEYS], *v[KEYS];
-    for (int j = 0; j < KEYS && l.copies; j++) k[j] = s.k.data() + j * l.kp, v[j] = l.latent ? k[j] : s.v.data() + j * l.vp;
+    for (int j = 0; j < BLOCK<E> && l.copies; j++) k[j] = s.k.data() + j * l.kp, v[j] = l.latent ? k[j] : s.v.data() + j * l.vp;
     for (long head = 0; head < item.heads; head++) {
         if constexpr (PAIRS<E>) {
             take_in_pairs(a, l, s, head, rows, count, partly, ahead);
-        } else if (l.copies) {
+            continue;
+        }
+        if (l.copies) {
             for (int j = 0; j < count; j++) widen_row(rows.k[j], a.key_dim, s.k.data() + j * l.kp);
             for (int j = 0; j < count && !l.latent; j++) widen_row(rows.v[j], a.value_dim, s.v.data() + j * l.vp);
             take_in(a, l, s, head, k, v, count, partly, ahead);
         } else {
             take_in(a, l, s, head, rows.k, rows.v, count, partly, ahead);
         }
-        for (int j = 0; j < KEYS; j++) rows.k[j] += a.k_head, rows.v[j] += a.v_head;
+        for (int j = 0; j < BLOCK<E>; j++) rows.k[j] += a.k_head, rows.v[j] += a.v_head;
     }
 }
 
@@ -229,13 +193,18 @@ static void prepare(const Args& a, const Item& item, const Layout& l, Scratch& s
     long n = item.heads * l.rows, row0 = a.starts[item.span] + item.first;
     s.q.assign(n * l.kp, 0.0f), s.acc.assign(n * l.vp, 0.0f), s.totals.assign(n * VL, 0.0f);
     s.top.assign(item.heads * padded_width(l.rows), -INFINITY), s.rescale.resize(padded_width(l.rows)), s.fresh.assign(padded_width(l.rows), 0.0f);
-    s.scores.resize(l.rows * KEYS), s.bias.resize(item.count * KEYS);
+    s.scores.resize(l.rows * BLOCK<E>), s.bias.resize(item.count * BLOCK<E>);
     if (l.copies) s.k.assign(KEYS * l.kp, 0.0f), s.v.assign(l.latent ? 0 : KEYS * l.vp, 0.0f);
     for (long head = 0; head < item.heads; head++)
         for (long r = 0; r < l.rows; r++) {
             const float* from = a.q + (row0 + r / l.group) * a.q_token + ((item.head + head) * l.group + r % l.group) * a.key_dim;
+            if (PAIRS<E>) {  // [width / 32][rows][32]
+                float* to = s.q.data() + head * l.rows * l.kp + r * 32;
+                for (long d = 0; d < a.key_dim; d += 32, to += l.rows * 32) std::memcpy(to, from + d, std::min<long>(32, a.key_dim - d) * sizeof(float));
+                continue;
+            }
             float* to = s.q.data() + (head * l.rows + r) * l.kp;
-            for (long d = 0; d < a.key_dim; d++) to[PAIRS<E> ? d : place<E>(d)] = from[d];
+            for (long d = 0; d < a.key_dim; d++) to[place<E>(d)] = from[d];
         }
 #if defined(__AVX512BF16__)
     if constexpr (PAIRS<E>) split_row(s.q.data(), n * l.kp, room(s.q_pairs, n * l.kp));
@@ -266,23 +235,28 @@ static void finish(const Args& a, const Item& item, const Layout& l, const Scrat
         }
 }
 
-// `next`: the item after this one on the same thread, or null; its first keys are fetched while the last ones here are used.
+// `next`: the item that is likely to come after this one on the same thread, or null; its first keys are fetched while the last ones here are
+// used. `first`: no item before did that for this one.
 template <typename E>
-static void run(const Args& a, const Item& item, const Item* next, Scratch& s, float* partial) {
+static void run(const Args& a, const Item& item, const Item* next, bool first, Scratch& s, float* partial) {
     Layout l = layout_of<E>(a, item);
-    prepare<E>(a, item, l, s);
-    long calls = item.heads * ((l.rows + MANY - 1) / MANY * (KEYS / VL) + l.vp / PAIR / 2);
-    if (PAIRS<E>) calls = item.heads * ((l.rows + MOST - 1) / MOST * ((l.kp + 63) / 64 + (l.vp + 63) / 64));
+    long calls = item.heads * (std::max<long>(1, l.rows / MANY) * (BLOCK<E> / VL) + l.vp / PAIR / 2);  // or a few more
+    if (PAIRS<E>) calls = item.heads * ((l.rows + MOST - 1) / MOST) * (l.kp / 2 + (l.vp + 63) / 64 * (PAIR_KEYS / 2));
     Rows<E> rows, coming_rows;
     Ahead ahead;
-    find_rows(a, item, item.key0, (int)std::min<long>(KEYS, item.key1 - item.key0), coming_rows);
-    for (long key = item.key0; key < item.key1; key += KEYS) {
-        int count = (int)std::min<long>(KEYS, item.key1 - key);
+    find_rows(a, item, item.key0, (int)std::min<long>(BLOCK<E>, item.key1 - item.key0), coming_rows);
+    if (first) {
+        aim(a, item, coming_rows, (int)std::min<long>(BLOCK<E>, item.key1 - item.key0), l.latent, 1, ahead);
+        ahead.fetch();
+    }
+    prepare<E>(a, item, l, s);
+    for (long key = item.key0; key < item.key1; key += BLOCK<E>) {
+        int count = (int)std::min<long>(BLOCK<E>, item.key1 - key);
         rows = coming_rows;
-        const Item* coming = key + KEYS < item.key1 ? &item : next;
+        const Item* coming = key + BLOCK<E> < item.key1 ? &item : next;
         if (coming) {
-            long from = coming == &item ? key + KEYS : next->key0;
-            int some = (int)std::min<long>(KEYS, coming->key1 - from);
+            long from = coming == &item ? key + BLOCK<E> : next->key0;
+            int some = (int)std::min<long>(BLOCK<E>, coming->key1 - from);
             find_rows(a, *coming, from, some, coming_rows);
             aim(a, *coming, coming_rows, some, l.latent, calls, ahead);
         }
@@ -320,70 +294,6 @@ static void store_rows(const float* from, long token_stride, long width, const A
             narrow_n(from + t * token_stride, width, pool + a.slots[t] * width);
 }
 
-// The keys that some query of a tile may see: [from, last).
-struct Range {
-    long from, last;
-};
-
-static Range range_of(const Args& a, int32_t span, long first, long count) {
-    long context = a.contexts[span], row = a.starts[span] + first;
-    Range range{0, context + (a.mask ? masked_keys(a, row, count) : first + count)};
-    if (!a.window) return range;
-    long lowest = *std::min_element(a.positions + row, a.positions + row + count);
-    range.from = std::max<long>(0, std::min(lowest - a.window + 1, context)) / KEYS * KEYS;
-    return range;
-}
-
-struct Plan {
-    std::vector<Item> items;
-    std::vector<std::pair<long, long>> tiles;  // first item and number of pieces, for tiles cut into several
-    long partial_rows = 0;
-    int threads = 1;
-};
-
-// Key/value heads that an item takes: as many as a block leaves room for, while there are pieces enough for the threads; one for many queries.
-template <typename E>
-static long heads_together(const Args& a, long rows, long pieces) {
-    if (rows > DIRECT) return 1;
-    long fitting = std::max<long>(1, ROW_BYTES / ((a.key_dim + a.value_dim) * (long)sizeof(E)));
-    return std::clamp<long>(pieces * a.kv_heads / (4 * a.threads), 1, std::min<long>(fitting, a.kv_heads));
-}
-
-template <typename E>
-static Plan plan_of(const Args& a) {
-    Plan plan;
-    long group = a.heads / a.kv_heads, tile = std::max<long>(1, TILE / group), pieces = 0;
-    double products = 0;
-    std::vector<std::pair<Item, Range>> tiles;
-    for (int32_t span = 0; span < a.spans; span++) {
-        long length = a.starts[span + 1] - a.starts[span];
-        for (long first = 0; first < length; first += tile) {
-            long count = std::min(tile, length - first);
-            Range range = range_of(a, span, first, count);
-            tiles.push_back({{span, 0, 0, (int32_t)first, (int32_t)count, 0, 0, -1}, range});
-            pieces += (range.last - range.from + PIECE - 1) / PIECE;
-            products += (double)(range.last - range.from) * count * a.heads * (a.key_dim + a.value_dim);
-        }
-    }
-    for (auto& [item, range] : tiles) {
-        long heads = heads_together<E>(a, item.count * group, pieces);
-        for (item.head = 0; item.head < a.kv_heads; item.head += (int32_t)heads) {
-            long begin = (long)plan.items.size();
-            item.heads = (int32_t)std::min(heads, a.kv_heads - item.head);
-            for (item.key0 = range.from; item.key0 < range.last; item.key0 = item.key1) {
-                item.key1 = std::min(range.last, (item.key0 / PIECE + 1) * PIECE);
-                plan.items.push_back(item);
-            }
-            long count = (long)plan.items.size() - begin;
-            if (count < 2) continue;
-            for (long c = begin; c < begin + count; c++) plan.items[c].partial = plan.partial_rows, plan.partial_rows += item.heads * item.count * group;
-            plan.tiles.push_back({begin, count});
-        }
-    }
-    plan.threads = products > SERIAL_PRODUCTS ? a.threads : 1;
-    return plan;
-}
-
 template <typename E>
 static void attention(const Args& a) {
     if (a.new_k) store_rows(a.new_k, a.new_k_token, a.kv_heads * a.key_dim, a, (E*)a.k_pool);
@@ -397,7 +307,11 @@ static void attention(const Args& a) {
     each(plan.threads, claims, [&](long c) {
         thread_local Scratch scratch;
         long first = (claims - 1 - c) * claim, end = std::min(n, first + claim);
-        for (long i = first; i < end; i++) run<E>(a, items[i], i + 1 < end ? &items[i + 1] : nullptr, scratch, partial.data());
+        long later = first - claim * plan.threads;  // where this thread's next claim begins if all are equally fast
+        for (long i = first; i < end; i++) {
+            const Item* next = i + 1 < end ? &items[i + 1] : later >= 0 ? &items[later] : nullptr;
+            run<E>(a, items[i], next, c < plan.threads && i == first, scratch, partial.data());
+        }
     });
     each(plan.threads, (long)plan.tiles.size(), [&](long i) { combine(a, items + plan.tiles[i].first, plan.tiles[i].second, partial.data()); });
 }

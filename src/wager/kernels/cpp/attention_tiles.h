@@ -11,6 +11,7 @@
 #include "simd.h"
 
 constexpr int KEYS = 32;                     // keys of a block
+constexpr int PAIR_KEYS = 64;                // the same where pairs are multiplied: they take half the room
 constexpr int PAIR = 2 * VL;                 // widths are padded to this
 constexpr int MANY = VL < 16 ? 3 : 6;        // rows of a tile where there are many, so that MANY * 4 sums and their operands fill the registers
 
@@ -65,23 +66,26 @@ static inline void widen_row(const E* from, long width, float* to) {
 
 // Fetches the rows of the next block into the second-level cache, a share at every call, so that memory works while sums are made.
 struct Ahead {
-    const char* rows[2 * KEYS];
+    static constexpr long LINE = 64, ONE = 256;
+    const char *at = nullptr, *end = nullptr, *rows[2 * PAIR_KEYS];
     int count = 0, keys = 0, row = 0;  // the first `keys` rows are keys, the others values
-    long at = 0, bytes[2] = {0, 0}, quota = 0;
+    long bytes[2] = {0, 0};
+    long quota = 0, due = 0;  // of lines at a call and until now, ONE for each
 
-    void add(const void* from) { rows[count++] = (const char*)from; }
-    void line() {
-        if (row >= count) return;
-        __builtin_prefetch(rows[row] + at, 0, 2);
-        if ((at += 64) >= bytes[row >= keys]) row++, at = 0;
+    void start(int new_keys, long key_bytes, long value_bytes) {
+        at = end = nullptr, count = row = 0, keys = new_keys;
+        bytes[0] = (key_bytes + LINE - 1) / LINE * LINE, bytes[1] = (value_bytes + LINE - 1) / LINE * LINE;
     }
-    long lines() const { return (keys * bytes[0] + (count - keys) * bytes[1]) / 64; }
+    void add(const void* from) { rows[count++] = (const char*)from; }
+    void share(long calls) { quota = ((keys * bytes[0] + (count - keys) * bytes[1]) / LINE * ONE + calls - 1) / calls, due = 0; }
     void fetch() {
-        for (long left = quota; left > 0 && row < count; left -= 4) {
-            long end = bytes[row >= keys];
-            const char* line = rows[row] + at;
-            for (int i = 0; i < 4; i++) __builtin_prefetch(line + 64 * i, 0, 2);  // past a row's end lies the next one, most often
-            if ((at += 256) >= end) row++, at = 0;
+        for (due += quota; due >= ONE; due -= ONE) {
+            if (at == end) {
+                if (row == count) return;
+                at = rows[row], end = at + bytes[row >= keys], row++;
+            }
+            __builtin_prefetch(at, 0, 2);
+            at += LINE;
         }
     }
 };
@@ -157,12 +161,12 @@ static inline vf softcap_v(vf x, float cap) {  // cap * tanh(x / cap), by its se
     return cap * (magnitude < 0.25f ? near : t < 0.0f ? -far : far);
 }
 
-// The softmax of some queries takes in a block: scores become weights, `rescale` is what earlier sums must be multiplied with. `totals` are
+// The softmax of some queries takes in a block of `count` keys: scores become weights, also those that fill the last vector, rows `stride` apart; `rescale` is what earlier sums must be multiplied with. `totals` are
 // VL partial sums a row. A query that has seen no key yet has top -inf, and weights and sums of 0. `fresh` holds `rows` numbers, padded to VL.
-static inline void weigh(float* scores, long rows, float* top, float* totals, float* rescale, float* fresh) {
+static inline void weigh(float* scores, long rows, long stride, int count, float* top, float* totals, float* rescale, float* fresh) {
     for (long r = 0; r < rows; r++) {
-        vf most = load(scores + r * KEYS);
-        for (int j = VL; j < KEYS; j += VL) most = vmax(most, load(scores + r * KEYS + j));
+        vf most = load(scores + r * stride);
+        for (int j = VL; j < count; j += VL) most = vmax(most, load(scores + r * stride + j));
         fresh[r] = std::max(top[r], highest(most));
     }
     for (long r = 0; r < rows; r += VL) {
@@ -173,9 +177,9 @@ static inline void weigh(float* scores, long rows, float* top, float* totals, fl
     }
     for (long r = 0; r < rows; r++) {
         vf added{};
-        for (int j = 0; j < KEYS; j += VL) {
-            vf e = exp_v(load(scores + r * KEYS + j) - fresh[r]);
-            store(scores + r * KEYS + j, e);
+        for (int j = 0; j < count; j += VL) {
+            vf e = exp_v(load(scores + r * stride + j) - fresh[r]);
+            store(scores + r * stride + j, e);
             added += e;
         }
         store(totals + r * VL, load(totals + r * VL) * rescale[r] + added);
