@@ -24,13 +24,17 @@ from wager.kernels.registry import pack_linear
 
 MODES = ("bf16", "w16a16", "int16", "int8", "w8a8", "int4", "w4a8")
 CACHE_BYTES = 48 << 20
+SETTLE_S = 0.01
 
 
 def timed(make: Callable[[], Callable[[], object]], nbytes: int) -> Callable[[], float]:
-    """Seconds of one call; copies that read `nbytes` each take turns until together they exceed the cache."""
+    """Seconds of one call; copies that read `nbytes` each take turns until together they exceed the cache. Before it the threads of whoever
+    was measured last fall asleep (torch's spin on their cores for milliseconds), and a call that is not timed wakes the contender's own."""
     copies = cycle([make() for _ in range(max(1, CACHE_BYTES // nbytes + 1))])
 
     def run() -> float:
+        time.sleep(SETTLE_S)
+        next(copies)()
         call = next(copies)
         start = time.perf_counter()
         call()
@@ -49,6 +53,7 @@ def stream_bandwidth(threads: int) -> Callable[[], float]:
     data = torch.zeros(48 << 20)
 
     def run() -> float:
+        time.sleep(SETTLE_S)
         start = time.perf_counter()
         native.library().wager_stream_read(data.data_ptr(), data.numel(), threads)
         return data.nbytes / (time.perf_counter() - start)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, arguments, compare, say
+from benchmarks.kernels.linear import SETTLE_S
 from wager.kernels import native, reference, registry
 from wager.kernels.native_linear import NativeLinear
 
@@ -170,12 +171,14 @@ def _moe(width: int, count: int) -> tuple[Callable[..., Any], Callable[..., Any]
 
 
 def contender(call: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> Callable[[], float]:
-    """Mean seconds of a call while the copies of the inputs take turns."""
+    """Mean seconds of a call while the copies of the inputs take turns; before it other contenders' threads fall asleep and its own wake."""
     turns = cycle(inputs)
     calls = max(1, min(len(inputs), 16))
 
     def run() -> float:
         chosen = [next(turns) for _ in range(calls)]
+        time.sleep(SETTLE_S)
+        call(*next(turns))
         start = time.perf_counter()
         for arguments_ in chosen:
             call(*arguments_)
