@@ -33,11 +33,11 @@ def methods(draft: str, tree_size: int = 64, quantization: str | None = None) ->
     """Configurations by the names used in the tables."""
     d = {"draft": draft, **({"draft_quantization": quantization} if quantization else {})}
     return {
-        **{f"chain {k}": {**d, "num_speculative_tokens": k} for k in (1, 2, 4, 6)},
+        **{f"chain {k}": {**d, "num_speculative_tokens": k} for k in (1, 2, 4, 6, 8, 12)},
         "specinfer 5x8": {**d, "method": "specinfer", "expansion": [5, 1, 1, 1, 1, 1, 1, 1]},
         "specinfer 1,1,3,1": {**d, "method": "specinfer", "expansion": [1, 1, 3, 1]},
-        "sequoia": {**d, "method": "sequoia", "max_tree_size": tree_size, "max_depth": 12},
-        **{f"specexec {k}": {**d, "method": "specexec", "budget": k, "max_depth": 16} for k in (32, 128, 256)},
+        "sequoia": {**d, "method": "sequoia", "max_tree_size": tree_size},
+        **{f"specexec {k}": {**d, "method": "specexec", "budget": k} for k in (32, 128, 256)},
         "suffix": {"method": "suffix", "suffix_max_spec_factor": 2.0},
         "suffix + draft": {**d, "method": "suffix", "suffix_max_spec_factor": 2.0},
         "ngram": {"method": "ngram", "num_speculative_tokens": 5},

@@ -45,7 +45,7 @@ class SpeculativeConfig:
         disable_by_batch_size: no guesses while more than this many requests are running.
         auto: switch drafting off, per request and batch size, where measured times say that it does not pay.
         tree: for sequoia "auto", or a file written by `wager speculate plan`, or a list of parents (-1 is the root).
-        max_tree_size, max_depth, max_branch: bounds of planned trees (nodes with the root, levels of guesses, children of a node).
+        max_tree_size, max_depth, max_branch: bounds of trees (nodes with the root, levels of guesses, children of a node).
         expansion: for specinfer, children per node at each step.
         verify: for specinfer "mss" (multi-step speculative sampling) or "naive" (match the target's sample).
         budget, beams, branch_width, decay: for specexec, nodes of the tree, nodes expanded per draft pass, children considered per
@@ -66,7 +66,7 @@ class SpeculativeConfig:
     auto: bool = True
     tree: str | tuple[int, ...] = "auto"
     max_tree_size: int = 64
-    max_depth: int = 8
+    max_depth: int = 16
     max_branch: int = 16
     expansion: tuple[int, ...] = (1, 1, 3, 1, 1, 1, 1, 1)
     verify: str = "mss"
