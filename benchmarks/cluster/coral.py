@@ -252,19 +252,22 @@ def recorded() -> dict:
 
 
 def measured(data: Path, quick: bool, roofline: Roofline) -> dict:
-    small, large = (
-        (2, 2) if quick else (6, 4)
-    )  # of the core pool as the paper; of the extended one what is built in a minute
+    small, large, scarce = (
+        (2, 2, 2) if quick else (6, 5, 4)
+    )  # of the core pool as the paper; of the extended one what is built in two minutes, with less where time limits the solver
     code = "azure_llm_2023_code"
     even, heavy = pools.extended(large), pools.extended(large, share="large")
     cases = [pools.core(small), even, heavy]
     if not quick:
         cases += [pools.core(small, code), pools.extended(large, code), pools.extended(large, share="small")]
     libraries = built(cases, data, roofline)
-    facts: dict = {}
+    facts: dict = {"max_machines": {"core": small, "extended": large, "extended, scarce and over time": scarce}}
     facts["plenty"] = [priced(pool, libraries[pool.name], PLENTY) for pool in cases]
     rng = np.random.default_rng(0)
     facts["epochs"], facts["scarce"] = {}, []
+    for pool in (even, heavy):
+        libraries[pool.name] = [restricted(lib, scarce) for lib in libraries[pool.name]]
+    even, heavy = (dataclasses.replace(pool, max_nodes=scarce) for pool in (even, heavy))
     for pool, above, scale in ((cases[0], 1.25, 0.125), (even, 1.75, 0.25), (heavy, 1.75, 0.25)):
         stock = stock_over_time(data, pools.prices(pool).shape, 2 if quick else 10, rng)
         for share in (START_UP_SHARE, 0.0) if pool is cases[0] else (START_UP_SHARE,):

@@ -73,6 +73,39 @@ def library(rates_by_counts, demand=DEMAND):
     return Library(demand, counts, np.array(list(rates_by_counts.values()), float), np.zeros((len(counts), 3), int))
 
 
+@pytest.mark.parametrize("kinds, most", [(20, 5), (40, 4), (3, 6)])
+def test_dominance_looks_at_the_parts_themselves_however_many_kinds_there_are(kinds, most):
+    """Keys that are only nearly equal once passed for equal: a template was dropped for the rate of other machines."""
+    rng = np.random.default_rng(kinds)
+
+    def multiset():
+        """Most differ in the first kinds alone."""
+        machines = rng.integers(kinds, size=int(rng.integers(1, most + 1)))
+        machines[1:] %= 3
+        machines[:1] = kinds - 1 - machines[:1] % 2
+        return tuple(np.bincount(machines, minlength=kinds))
+
+    chosen = {multiset() for _ in range(150)}
+    rates = {}
+    for counts in sorted(chosen, key=sum):
+        rates[counts] = float(sum(counts) * rng.uniform(1, 1.6))
+    for first, second in itertools.combinations(list(rates)[:25], 2):
+        together = tuple(np.add(first, second))
+        if sum(together) <= most:
+            rates[together] = (rates[first] + rates[second]) * float(rng.choice([0.9, 1.1]))
+
+    def replaced(counts):
+        return any(
+            all(f <= c for f, c in zip(part, counts, strict=True)) and part != counts
+            and rates[part] + rates.get(tuple(np.subtract(counts, part)), 0.0) >= rates[counts] * (1 - 1e-12)
+            for part in rates
+        )  # fmt: skip
+
+    assert {tuple(c) for c in library(rates).counts_UC[undominated(library(rates))]} == {
+        c for c in rates if not replaced(c)
+    }
+
+
 def test_split_covers_every_layer_at_the_promised_rate():
     roofline = Roofline(0.5, 0.5, 1e-4)
 

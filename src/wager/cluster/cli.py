@@ -211,23 +211,57 @@ def spot(
     segment: Annotated[str | None, typer.Option(help="which segment of the availability file")] = None,
     output_tokens: Annotated[int, typer.Option(help="tokens that each request generates")] = 128,
     rate: Annotated[float, typer.Option(help="requests/s expected in the long run")] = 0.0,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="spotserve, reparallelize or reroute; may be repeated; all three without it"),
+    ] = None,
+    grace: Annotated[float, typer.Option(help="seconds from a machine's notice to its end", min=0)] = 30.0,
+    min_gpus: Annotated[int, typer.Option(help="GPUs that a pipeline has at least", min=1)] = 1,
+    reserve: Annotated[
+        int | None,
+        typer.Option(
+            help="ask for the machines that the layout needs and so many to spare; without it all are taken", min=0
+        ),
+    ] = None,
+    allow_on_demand: Annotated[
+        bool,
+        typer.Option("--allow-on-demand", help="ask for on-demand machines too when short (reserve: 2 if not given)"),
+    ] = False,
+    boot: Annotated[float, typer.Option(help="seconds until a machine that was asked for is ready", min=0)] = 120.0,
+    most: Annotated[
+        int | None,
+        typer.Option("--max-machines", help="quota of machines of both kinds (default: the file's most)", min=1),
+    ] = None,
+    spot_price: Annotated[
+        float | None, typer.Option(help="USD/h of a spot machine (default: the dated catalog)", min=0)
+    ] = None,
+    on_demand_price: Annotated[
+        float | None, typer.Option(help="USD/h of an on-demand machine (default: the dated catalog)", min=0)
+    ] = None,
+    events: Annotated[Path | None, typer.Option(help="write what happened when, .csv; - prints lines")] = None,
 ) -> None:
     """Replay a spot market under SpotServe and under its baselines."""
     from wager.cluster.spotserve.latency import read_model
-    from wager.cluster.spotserve.simulate import POLICIES, Cloud, SpotSimulation
+    from wager.cluster.spotserve.report import cloud_of, rental_of, summary, write_events
+    from wager.cluster.spotserve.simulate import POLICIES, SpotSimulation
     from wager.hardware.availability import read_membership
     from wager.simulate.trace import read_trace
 
+    rental = rental_of(reserve, allow_on_demand, boot, most)
+    cloud, priced = cloud_of(profile, rate, grace, min_gpus, spot_price, on_demand_price)
     model, market = read_model(profiles, profile), read_membership(availability, segment)
     arrivals = [a for a in read_trace(trace, output_tokens) if a.arrival_s < market.end_s]
     if not arrivals:
         raise UsageError(f"no request of {trace} arrives within the {market.end_s:.0f} s of the availability trace")
-    for policy in POLICIES:
-        out = SpotSimulation(model, market, arrivals, policy, Cloud(expected_rate=rate)).run()
-        print(
-            f"{policy:<14} p50 {out.quantile(0.5):7.1f} s  p99 {out.quantile(0.99):7.1f} s  finished {len(out.latencies_s)}/{len(arrivals)}  "
-            f"computed again {out.recomputed_tokens} tokens  {out.cost_usd:.2f} USD, on demand {out.on_demand_usd:.2f}"
-        )
+    chosen = list(dict.fromkeys(policy or POLICIES))
+    runs = {p: SpotSimulation(model, market, arrivals, p, cloud, rental=rental) for p in chosen}
+    outcomes = {p: run.run() for p, run in runs.items()}
+    for name, out in outcomes.items():
+        print(summary(name, out, cloud))
+    print(priced)
+    if events is not None:
+        for line in write_events(outcomes, events):
+            print(line)
 
 
 @app.command()

@@ -189,32 +189,38 @@ def undominated(library: Library) -> np.ndarray:
     Dropping the others changes no optimum, since the number of replicas is free. Templates are looked up by their counts.
     """
     counts_UC, rates_U = library.counts_UC, library.rates_U
-    most = int(counts_UC.sum(1).max(initial=0))
-    weights_C = (most + 1.0) ** np.arange(counts_UC.shape[1])  # exact in float64 up to 2**53
-    if weights_C[-1:].sum() * (most + 1) >= 2**53:
-        weights_C = np.random.default_rng(0).integers(1, 2**52, counts_UC.shape[1]) / 2.0**52
-    keys_U = counts_UC @ weights_C
-    order = np.argsort(keys_U, kind="stable")
-    sorted_keys, sorted_rates = keys_U[order], rates_U[order]
+    kinds, most = counts_UC.shape[1], int(counts_UC.sum(1).max(initial=0))
+    if (kinds + 1) ** most >= 2**63:
+        raise UsageError(f"templates of {most} machines of {kinds} configurations are too many to tell apart")
 
-    def rate_of(keys: np.ndarray) -> np.ndarray:
-        at = np.minimum(np.searchsorted(sorted_keys, keys - 1e-9 * np.abs(keys)), len(sorted_keys) - 1)
-        return np.where(np.isclose(sorted_keys[at], keys, rtol=1e-9, atol=0), sorted_rates[at], 0.0)
+    def keys_of(machines_RN: np.ndarray) -> np.ndarray:
+        """The machines, in order of configuration, as the digits of a whole number: equal for equal multisets only."""
+        return (machines_RN + 1) @ (kinds + 1) ** np.arange(machines_RN.shape[1], dtype=np.int64)
+
+    sizes_U = counts_UC.sum(1)
+    by_size = {}
+    for size in range(1, most + 1):
+        rows = np.flatnonzero(sizes_U == size)
+        machines_RN = np.repeat(np.tile(np.arange(kinds), len(rows)), counts_UC[rows].ravel()).reshape(len(rows), size)
+        keys_R = keys_of(machines_RN)
+        order = np.argsort(keys_R)
+        by_size[size] = rows, machines_RN, keys_R[order], rates_U[rows][order]
+
+    def rate_of(machines_RN: np.ndarray) -> np.ndarray:
+        _, _, sorted_keys, sorted_rates = by_size[machines_RN.shape[1]]
+        if not len(sorted_keys):
+            return np.zeros(len(machines_RN))
+        keys = keys_of(machines_RN)
+        at = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
+        return np.where(sorted_keys[at] == keys, sorted_rates[at], 0.0)
 
     keep_U = np.ones(len(rates_U), bool)
-    sizes_U = counts_UC.sum(1)
     for size in range(2, most + 1):
-        rows = np.flatnonzero(sizes_U == size)
-        if not len(rows):
-            continue
-        machines_RN = np.repeat(np.tile(np.arange(counts_UC.shape[1]), len(rows)), counts_UC[rows].ravel()).reshape(
-            len(rows), size
-        )
+        rows, machines_RN, _, _ = by_size[size]
         for mask in range(
             1, 2 ** (size - 1)
         ):  # every way to part the machines in two; the last machine stays on the right
-            left = [i for i in range(size) if mask >> i & 1]
-            key_left = weights_C[machines_RN[:, left]].sum(1)
-            together = rate_of(key_left) + rate_of(keys_U[rows] - key_left)
+            left = np.array([mask >> i & 1 for i in range(size)], bool)
+            together = rate_of(machines_RN[:, left]) + rate_of(machines_RN[:, ~left])
             keep_U[rows[together >= rates_U[rows] * (1 - 1e-12)]] = False
     return np.flatnonzero(keep_U)

@@ -22,6 +22,22 @@ class Baseline:
         self.service, self.cloud, self.load, self.outcome = service, cloud, load, outcome
         self.context, self.output = context, output
         self.members: set[str] = set()
+        self.leaving: set[str] = set()
+
+    def notice(self, at: float, nodes: set[str], leave_s: float) -> None:
+        """Nothing moves; while machines are known to go soon the layout does not follow the load."""
+        self.leaving |= nodes & self.members
+
+    def joined(self, at: float, nodes: set[str]) -> None:
+        self.changed(at, self.members | nodes)
+
+    def left(self, at: float, nodes: set[str]) -> None:
+        self.leaving -= nodes
+        self.changed(at, self.members - nodes)
+
+    def changed(self, at: float, after: set[str]) -> None:
+        """The machines are these from now on."""
+        raise NotImplementedError
 
     @property
     def model(self) -> ServedModel:
@@ -29,7 +45,9 @@ class Baseline:
 
     def choose(self, nodes: set[str], rate: float) -> Layout | None:
         devices, memory = len(nodes) * self.cloud.devices_per_node, self.cloud.device_memory_bytes
-        return controller.choose(self.model, devices, rate, self.output, memory, self.context, self.service.continuous)
+        return controller.choose(
+            self.model, devices, rate, self.output, memory, self.context, self.service.continuous, self.cloud.min_gpus
+        )
 
     def load_s(self, target: Layout | None) -> float:
         """Engine start, and every machine reads its share of the weights from storage. The first machines have done so before the trace."""
@@ -126,7 +144,7 @@ class Reroute(Baseline):
         ready = at + self.load_s(layout)
         service.free_s = {number[d]: ready if d in new else service.free_s.get(d, 0.0) for d in whole}
         service.layout, self.members = layout, set(after)
-        self.outcome.layouts.append((at, layout))
+        self.outcome.adopted(at, layout, at)
 
     def tick(self, at: float) -> None:
         """The shape never changes."""

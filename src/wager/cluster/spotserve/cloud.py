@@ -11,7 +11,8 @@ class Cloud:
     published ones. `rate_window_s`: the arrival rate is measured over this long, and taken to be at least `expected_rate`. `overload_factor`: a
     restarting service leaves a layout that cannot keep up with the load only for one with so many times its throughput.
     `background_share`: how much of the networks the weights of the next layout may take while the present one still serves; 0 moves nothing
-    ahead. `regroup_s`: what forming the new communication groups takes, on top of the bytes."""
+    ahead. `regroup_s`: what forming the new communication groups takes, on top of the bytes. `min_gpus`: devices that a pipeline has at least, also
+    where fewer would hold the model."""
 
     devices_per_node: int = 4
     device_memory_bytes: float = 9e9
@@ -27,6 +28,7 @@ class Cloud:
     overload_factor: float = 1.25
     background_share: float = 0.5
     regroup_s: float = 0.5
+    min_gpus: int = 1
 
     def devices(self, nodes: set[str]) -> list[str]:
         """ "node/0", "node/1", ... of every node."""

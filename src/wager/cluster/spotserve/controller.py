@@ -12,10 +12,13 @@ from wager.errors import UsageError
 NEAR = 0.02  # latencies this close count as equal; then fewer machines win
 
 
-def layouts(model: ServedModel, devices: int, device_memory_bytes: float, tokens: int) -> Iterator[Layout]:
-    """Every layout that fits `devices` devices of that memory with room for the KV of its batch at `tokens` tokens each."""
+def layouts(
+    model: ServedModel, devices: int, device_memory_bytes: float, tokens: int, least: int = 1
+) -> Iterator[Layout]:
+    """Every layout that fits `devices` devices of that memory with room for the KV of its batch at `tokens` tokens each; a pipeline has `least`
+    devices or more."""
     for tensor in model.tensor_degrees:
-        for pipeline in range(1, devices // tensor + 1):
+        for pipeline in range(-(-max(1, least) // tensor), devices // tensor + 1):
             if pipeline > model.layers:
                 break
             stage = -(-model.layers // pipeline)
@@ -99,14 +102,17 @@ def _together(model: ServedModel, layout: Layout, output_tokens: int, rate: floa
 
 def choose(
     model: ServedModel, devices: int, rate: float, output_tokens: int, device_memory_bytes: float, context_tokens: int,
-    continuous: bool = False,
+    continuous: bool = False, least: int = 1, shape: Layout | None = None,
 ) -> Layout | None:  # fmt: skip
     """The layout for `devices` devices at `rate` requests/s; None when the model does not fit them. Raises UsageError on a bad rate.
 
-    continuous: of otherwise equal layouts the one with most slots, for a slot that is not used costs no time."""
+    continuous: of otherwise equal layouts the one with most slots, for a slot that is not used costs no time. least: devices of a pipeline at least.
+    shape: only more or fewer pipelines of this shape."""
     if rate < 0:
         raise UsageError(f"an arrival rate of {rate} requests/s is negative")
-    fitting = list(layouts(model, devices, device_memory_bytes, context_tokens))
+    fitting = list(layouts(model, devices, device_memory_bytes, context_tokens, least))
+    if shape is not None:
+        fitting = [c for c in fitting if (c.pipeline, c.tensor, c.batch) == (shape.pipeline, shape.tensor, shape.batch)]
     if not fitting:
         return None
     if continuous:

@@ -95,6 +95,11 @@ class Migrate:
         if set(self.held) <= here:
             return
         self.pending = None
+        self.outcome.log(
+            at,
+            "lost",
+            f"{sum(len(b.requests) for b in self.service.batches.values())} requests lose their tokens: machines in use are gone",
+        )
         self.service.drop(list(self.service.batches))
         self.held = {x: p for x, p in self.held.items() if x in here}
         self._decide(at, broken=True)
@@ -129,6 +134,11 @@ class Migrate:
         )
         if at + done.stop_s > pending.deadline_s + 1e-6:
             # the notice is too short for all of it: KV is given up, and what the leaving machines hold comes from elsewhere
+            self.outcome.log(
+                at,
+                "lost",
+                f"{sum(len(b.requests) for b in service.batches.values())} requests lose their tokens: the notice is too short",
+            )
             service.drop(list(service.batches))
             self.held = {x: p for x, p in self.held.items() if x in set(devices)}
             done = self.mover.plan(service.layout, self.held, {}, step.target, devices, ahead_for_s=0.0)
@@ -188,7 +198,7 @@ class Migrate:
         """The controller's choice."""
         return controller.choose(
             self.mover.model, devices, self._wanted(at), self.mover.output, self.cloud.device_memory_bytes,
-            self.mover.context, self.service.continuous,
+            self.mover.context, self.service.continuous, self.cloud.min_gpus,
         )  # fmt: skip
 
     def _candidates(self, at: float, devices: int) -> list[Layout]:
@@ -202,7 +212,9 @@ class Migrate:
             self._wanted(at),
             self.service.continuous,
         )
-        every = controller.layouts(model, devices, self.cloud.device_memory_bytes, self.mover.context)
+        every = controller.layouts(
+            model, devices, self.cloud.device_memory_bytes, self.mover.context, self.cloud.min_gpus
+        )
 
         def key(c: Layout) -> tuple[float, float, int]:
             seconds = controller.request_s(model, c, output, wanted, continuous) if wanted < math.inf else math.inf
