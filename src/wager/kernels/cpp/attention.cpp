@@ -289,9 +289,11 @@ static void combine(const Args& a, const Item* pieces, long count, const float* 
 
 template <typename E>
 static void store_rows(const float* from, long token_stride, long width, const Args& a, E* pool) {
-    for (long t = 0; t < a.tokens; t++)
-        if (a.slots[t] >= 0)
-            narrow_n(from + t * token_stride, width, pool + a.slots[t] * width);
+    constexpr long AT_ONCE = 16;  // tokens
+    each(a.tokens * width > 1 << 15 ? a.threads : 1, (a.tokens + AT_ONCE - 1) / AT_ONCE, [=](long c) {
+        for (long t = c * AT_ONCE; t < std::min(a.tokens, (c + 1) * AT_ONCE); t++)
+            if (a.slots[t] >= 0) narrow_n(from + t * token_stride, width, pool + a.slots[t] * width);
+    });
 }
 
 template <typename E>
