@@ -64,8 +64,10 @@ def optimize(
         site = site_of(program, fused, max_depth, share, keep, eoperators, memory)
         sites.append(site)
         if progress:
-            choice = site.choice
-            progress(f"{choice.operator}: {choice.chosen}, {choice.baseline_ms:.3f} -> {choice.chosen_ms:.3f} ms")
+            choice, best = site.choice, site.contenders[0]
+            progress(
+                f"{choice.operator}: fastest alone {best.name}, {choice.baseline_ms:.3f} -> {best.seconds * 1e3:.3f} ms"
+            )
     sites, slices = _join_alike(program, found, sites, max(deadline - time.perf_counter(), 1.0), memory)
     overrides, chosen = _products(program, known, len(program.nodes) + len(found))
     overrides |= slices
