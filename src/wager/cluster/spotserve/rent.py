@@ -169,7 +169,7 @@ class Renter:
         """Spot machines that can be had go to the oldest requests; the cloud hands out none that it is about to take away."""
         grace = self.cloud.notice_s
         self.free = {n: leave for n, leave in self.free.items() if leave >= self.end_s or leave - grace > at}
-        while self.asked and self.free:
+        while self.asked and self.free and sum(m.leaves_s is None for m in self.held.values()) < self.most:
             node = next(iter(self.free))
             leave, since = self.free.pop(node), self.asked.popleft()
             ready = max(at, since + self.rental.boot_s)
