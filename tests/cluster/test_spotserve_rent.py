@@ -109,6 +109,27 @@ def test_what_the_load_no_longer_needs_is_given_back_and_spot_serves_on():
     assert all(x.from_s > 0 for x in out.leases if x.kind == ON_DEMAND)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_machine_that_left_without_notice_serves_again_when_it_comes_back(policy):
+    events = (
+        Membership(0.0, "n0", True),
+        Membership(0.0, "n1", True),
+        Membership(400.0, "n1", False),
+        Membership(500.0, "n1", True),
+    )
+    here = replace(needs_two(), notice_s=0.0)
+    out = play(
+        Availability(events, 2000.0),
+        policy,
+        here=here,
+        arrivals=steady(1500.0),
+        reserve=0,
+        allow_on_demand=True,
+        most=3,
+    )
+    assert len(out.latencies_s) == len(out.requests)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.integers(0, 2),

@@ -97,7 +97,8 @@ class Renter:
         self.outcome.log(at, "notice", f"{node} leaves at {leave_s:.1f} s")
         machine.leaves_s = leave_s if machine.joined else at
         machine.until_s = at
-        self.close(node, at)
+        if not machine.joined:
+            self.close(node, at)
         return machine.joined
 
     def join(self, node: str, at: float) -> bool:
