@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 from wager.cluster.spotserve import controller
 from wager.cluster.spotserve.cloud import Cloud
@@ -15,7 +16,7 @@ from wager.cluster.spotserve.service import Service
 CALM_WINDOWS = 4  # a calm layout is expected to last for this many rate windows
 
 
-class Baseline:
+class Baseline(ABC):
     """What both know. `context`: tokens that a request has at most, `output`: how many of them are generated."""
 
     def __init__(self, service: Service, cloud: Cloud, load: Load, outcome: Outcome, context: int, output: int):
@@ -35,9 +36,13 @@ class Baseline:
         self.leaving -= nodes
         self.changed(at, self.members - nodes)
 
+    @abstractmethod
     def changed(self, at: float, after: set[str]) -> None:
         """The machines are these from now on."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def tick(self, at: float) -> None:
+        """Time has passed between changes."""
 
     @property
     def model(self) -> ServedModel:
