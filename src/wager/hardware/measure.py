@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -119,7 +119,12 @@ def measure(
         peaks = {dtype: gemm_peak(getattr(torch, dtype), device, gemm_n or GEMM_N[device]) for dtype in dtypes}
     finally:
         torch.set_num_threads(before)
-    return Measured(device, threads, read, peaks)
+    return Measured(device, threads, read, at_least_float32(peaks))
+
+
+def at_least_float32(peaks: Mapping[str, float]) -> dict[str, float]:
+    """Narrow numbers can always be widened and multiplied in float32, which is faster where torch has no product for them (bfloat16 on AVX2)."""
+    return {dtype: max(peak, peaks["float32"]) for dtype, peak in peaks.items()}
 
 
 @cache
