@@ -1,6 +1,7 @@
 """The front door: light, complete, and honest about errors."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -30,6 +31,16 @@ def test_help_lists_every_command_without_importing_one():
 def test_every_mounted_command_loads_and_describes_itself(name):
     command = cli.load(cli.COMMANDS[name])
     assert command.help, f"`wager {name} --help` says nothing"
+
+
+def test_piped_tables_are_wider_than_a_small_terminal_unless_told_otherwise():
+    def widest(columns: str | None) -> int:
+        environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"} | ({"COLUMNS": columns} if columns else {})
+        command = [sys.executable, "-m", "wager", "systems", "--help"]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        return max(map(len, printed.splitlines()))
+
+    assert widest(None) == 120 and widest("90") == 90
 
 
 def test_version_is_the_package_version():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ class Mount:
     panel: str
 
 
+PIPED_COLUMNS = "120"  # width of tables in files and pipes, which have none of their own
 SERVE, COMPILE, DETECT, LOOK = "Serve", "Compile", "Detect", "Look around"
 
 COMMANDS = {
@@ -116,6 +118,8 @@ def front_door(
 def main(argv: list[str] | None = None) -> None:
     """Run one command. A WagerError becomes one line: exit 2 for a UsageError, 1 for any other; --debug shows its traceback."""
     args, debug = take_debug(sys.argv[1:] if argv is None else argv)
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", PIPED_COLUMNS)
     try:
         app(args=args, prog_name="wager")
     except WagerError as error:
