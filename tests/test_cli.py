@@ -35,7 +35,9 @@ def test_every_mounted_command_loads_and_describes_itself(name):
 
 def test_piped_tables_are_wider_than_a_small_terminal_unless_told_otherwise():
     def widest(columns: str | None) -> int:
-        environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"} | ({"COLUMNS": columns} if columns else {})
+        environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"} | (
+            {"COLUMNS": columns} if columns else {}
+        )
         command = [sys.executable, "-m", "wager", "systems", "--help"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
         return max(map(len, printed.splitlines()))
@@ -55,8 +57,15 @@ def test_unknown_command_is_a_usage_error():
     assert "srve" in result.stderr
 
 
-@pytest.mark.parametrize("error, status", [(UsageError("bad\nvalue 7"), 2), (CheckpointError("no tensor x"), 1)])
-def test_errors_are_one_line_and_show_a_traceback_only_on_request(monkeypatch, capsys, error, status):
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (UsageError("bad\nvalue 7"), 2, "bad value 7"),
+        (CheckpointError("no tensor x"), 1, "no tensor x"),
+        (FileNotFoundError(2, "No such file or directory", "links.csv"), 1, "links.csv: No such file or directory"),
+    ],
+)
+def test_errors_are_one_line_and_show_a_traceback_only_on_request(monkeypatch, capsys, error, status, said):
     def fail():
         raise error
 
@@ -68,7 +77,7 @@ def test_errors_are_one_line_and_show_a_traceback_only_on_request(monkeypatch, c
         cli.main(["systems"])
     assert exit_.value.code == status
     err = capsys.readouterr().err
-    assert err == f"wager: error: {' '.join(str(error).split())}\n"
+    assert err == f"wager: error: {said}\n"
     with pytest.raises(type(error)):
         cli.main(["systems", "--debug"])
 

@@ -116,22 +116,31 @@ def front_door(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command. A WagerError becomes one line: exit 2 for a UsageError, 1 for any other; --debug shows its traceback."""
+    """Run one command. A WagerError becomes one line: exit 2 for a UsageError, 1 for any other; so does a file that cannot be opened.
+    --debug shows the traceback."""
     args, debug = take_debug(sys.argv[1:] if argv is None else argv)
     if not sys.stdout.isatty():
         os.environ.setdefault("COLUMNS", PIPED_COLUMNS)
     try:
         app(args=args, prog_name="wager")
-    except WagerError as error:
-        if debug:
-            raise
-        print(f"wager: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `wager ... | head`: the reader has seen enough
         sys.stderr.close()
         sys.exit(0)
+    except (WagerError, OSError) as error:
+        said = in_one_line(error)
+        if debug or said is None:
+            raise
+        print(f"wager: error: {said}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def in_one_line(error: WagerError | OSError) -> str | None:
+    """What went wrong. None for a system's error that names no file: that one is a fault of ours and needs its traceback."""
+    if isinstance(error, OSError):
+        return None if error.filename is None else f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
 
 
 def take_debug(args: list[str]) -> tuple[list[str], bool]:

@@ -162,3 +162,10 @@ def test_spot(data, capsys):
         "--trace", folder / "requests-gamma-rate0.2_cv6.csv", "--rate", 0.2,
     )  # fmt: skip
     assert code == 0 and "reroute" in capsys.readouterr().out
+
+
+def test_a_planner_names_the_options_that_are_missing(capsys, tmp_path):
+    assert run("plan", "--machines", "a100", "--trace", tmp_path / "requests.csv") == 2
+    assert capsys.readouterr().err == "wager: error: the helix planner also needs --links\n"
+    assert run("plan", "--planner", "coral", "--demand", tmp_path / "models.toml") == 2
+    assert capsys.readouterr().err == "wager: error: the coral planner also needs --offers offers.csv\n"

@@ -49,11 +49,17 @@ def plan(
     """Propose a plan, with its bound and gap, and write it as TOML."""
     if planner == "coral":
         if demand is None or offers is None:
-            raise UsageError("the coral planner needs --demand models.toml and --offers offers.csv")
+            given = {"--demand models.toml": demand, "--offers offers.csv": offers}
+            raise UsageError(
+                f"the coral planner also needs {', '.join(name for name, value in given.items() if not value)}"
+            )
         _plan_coral(demand, offers, current, output)
     elif planner == "helix":
         if not machines or links is None or trace is None:
-            raise UsageError("the helix planner needs --machines, --links and --trace")
+            given = {"--machines": machines, "--links": links, "--trace": trace}
+            raise UsageError(
+                f"the helix planner also needs {', '.join(name for name, value in given.items() if not value)}"
+            )
         how = {"simulate_s": simulate_s, "warm_up_s": min(60.0, simulate_s / 4), "time_limit_s": time_limit}
         how |= {"refine_tries": refine, "method": method, "max_hops": max_hops, "prune": prune}
         _plan_helix(profiles, model, machines.split(","), links, trace, how, output)
