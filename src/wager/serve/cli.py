@@ -145,6 +145,8 @@ def listen(load: Any, announce: Any, model: str, settings: Any, host: str, port:
     from wager.serve.http.server import DrainingServer, server_config
 
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port {port} is no port; use one from 1 to 65535, or 0 for any that is free")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -132,6 +132,7 @@ class SpeculativeConfig:
         for name in ("draft_quantization", "draft_vocabulary"):
             if getattr(self, name) is not None and not self.draft_models:
                 raise self._error(f"{name} {getattr(self, name)!r} needs a draft model")
+        _check_quantization(self.draft_quantization)
         check_integer("disable_by_batch_size", self.disable_by_batch_size, 0, "speculative_config")
         if not self.expansion or min(self.expansion) < 1:
             raise self._error(f"expansion must be a list of numbers from 1 on, got {list(self.expansion)}")
@@ -218,6 +219,7 @@ class EngineConfig:
         object.__setattr__(self, "speculative_config", SpeculativeConfig.parse(self.speculative_config))
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}", param="dtype")
+        _check_quantization(self.quantization)
         if self.load_format not in LOAD_FORMATS:
             raise UsageError(
                 f"load_format {self.load_format!r} is unknown; use one of {', '.join(LOAD_FORMATS)}",
@@ -285,6 +287,13 @@ class EngineConfig:
                     f"{name} {getattr(self, name)!r} needs offload_memory (or offload_layers): nothing is streamed without it",
                     param=name,
                 )
+
+
+def _check_quantization(mode: str | None) -> None:
+    if mode is not None:
+        from wager.kernels.quantize import check_mode
+
+        check_mode(mode)
 
 
 def check_integer(name: str, value: Any, low: int, param: str) -> None:

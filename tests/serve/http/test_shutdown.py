@@ -134,3 +134,23 @@ def test_a_key_is_advised_beyond_loopback_and_errors_are_one_line(long_dir, tmp_
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         process.communicate()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "wager", "serve", str(tmp_path), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("wager: error: ") and str(tmp_path) in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option, value", [("--quantization", "int3"), ("--port", "99999")])
+def test_a_wrong_option_ends_it_before_it_listens(option, value):
+    done = subprocess.run(
+        [sys.executable, "-m", "wager", "serve", "demo", option, value], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert len(done.stderr.splitlines()) == 1 and value in done.stderr

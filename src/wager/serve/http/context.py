@@ -31,7 +31,7 @@ class ServerContext:
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     started: float = field(default_factory=time.time)
     llm: AsyncLLM | None = None
-    failure: str | None = None
+    failure: Exception | None = None
     draining: bool = False
 
     async def start(self) -> None:
@@ -42,8 +42,8 @@ class ServerContext:
             if self.announce is not None:
                 print(self.announce(llm), flush=True)
         except Exception as error:
-            log.exception("the model could not be loaded")
-            self.failure = str(error)
+            log.error("the model could not be loaded: %s", error)
+            self.failure = error
 
     async def stop(self) -> None:
         self.draining = True

@@ -1,8 +1,12 @@
-"""uvicorn, but a stop signal first drains: running requests finish, new ones are told 503, and the process ends with status 0."""
+"""uvicorn, but a stop signal first drains: running requests finish, new ones are told 503, and the process ends with status 0.
+
+A model that cannot be loaded ends it too, with the error.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from types import FrameType
 from typing import Any
 
@@ -39,4 +43,10 @@ class DrainingServer(uvicorn.Server):
         """Every 0.1 s; True ends the server."""
         if self._context.draining and self._drain is None:
             self._drain = asyncio.create_task(self._context.stop())
-        return await super().on_tick(counter) or (self._drain is not None and self._drain.done())
+        drained = self._drain is not None and self._drain.done()
+        return await super().on_tick(counter) or drained or self._context.failure is not None
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        super().run(sockets)
+        if self._context.failure is not None:
+            raise self._context.failure
