@@ -8,15 +8,8 @@ from hypothesis import strategies as st
 
 from wager.errors import UsageError
 from wager.serve.text.reasoning import ReasoningStream, split_reasoning
-from wager.serve.text.tools import (
-    NamedToolStream,
-    ToolDelta,
-    collect,
-    forced_constraint,
-    forced_stream,
-    parse_tools,
-    tool_stream,
-)
+from wager.serve.text.tool_streams import NamedToolStream, ToolDelta, collect, parse_tools
+from wager.serve.text.tools import forced_constraint, forced_stream, tool_stream
 
 CASES = {
     "hermes": [
