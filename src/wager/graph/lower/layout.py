@@ -18,9 +18,8 @@ from typing import Any
 
 from wager.errors import WagerError
 from wager.graph.lower.code import inner_last, panel_width
-from wager.graph.lower.cpp import Layout, row_major
 from wager.graph.lower.peel import peel
-from wager.graph.lower.tiles import Order, Tiles, product_form
+from wager.graph.lower.tiles import Layout, Order, Tiles, product_form, row_major
 from wager.graph.operators import BINARY, UNARY, Shape
 from wager.graph.program import BlockGraph, Program
 from wager.solve import LinearModel, solve
