@@ -74,9 +74,7 @@ def one(name: str, into: Path, quick: bool, repeats: int, samples: int) -> None:
                 step(f"time {peer}", lambda c=contenders: found.update(rows=measured(load, inputs, c, repeats)))
     step(
         "errors",
-        lambda: facts.update(
-            {"errors against float64 as parts of the bound": errors(load, inputs, contenders, compiled)}
-        ),
+        lambda: facts.update({"errors against float64 as parts of the bound": errors(inputs, contenders, compiled)}),
     )
 
 
@@ -171,9 +169,7 @@ def replayed(
     return compare(title, runs, repeats=repeats, warmup=1, unit="s", progress=None)
 
 
-def errors(
-    load: Workload, inputs: list[Tensor], contenders: dict[str, Callable[..., Tensor]], compiled: Any
-) -> dict[str, Any]:
+def errors(inputs: list[Tensor], contenders: dict[str, Callable[..., Tensor]], compiled: Any) -> dict[str, Any]:
     """Each contender's largest difference from the float64 result, as a part of the verifier's bound for float16."""
     from wager.graph.verify.floating import expected, judge
 
@@ -189,7 +185,7 @@ def errors(
 
 
 def main() -> None:
-    parser = arguments("The Mirage workloads on a GPU.")
+    parser = arguments("The Mirage workloads on a GPU.", device="cpu")
     parser.add_argument("--workloads", default="", help=f"some of {','.join(workloads())}, with commas")
     parser.add_argument(
         "--budget-s", type=float, default=100.0, help="seconds for everything; what is not done is stopped"

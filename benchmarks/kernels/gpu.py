@@ -128,7 +128,6 @@ def gated_torch(x: Tensor, weight: Tensor) -> Tensor:
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.set_defaults(device="cuda")
     parser.add_argument("--sections", default="numerics,linear,attention,operators", help="which, in this order")
     parser.add_argument("--sweep", action="store_true", help="look for the best tiles first")
     chosen = parser.parse_args()

@@ -24,7 +24,7 @@ def sweep(bench: Bench) -> None:
     capability = torch.cuda.get_device_capability()
     for mode, quantization in MODES.items():
         bits, small = BITS[mode], bench.randn(256, 4096, std=0.02)
-        tiles, matrix_tiles = vector_candidates(bits), matrix_candidates(bits)
+        tiles, matrix_tiles = vector_candidates(bits), matrix_candidates()
         probe, x1, x8 = TritonLinear(small, None, quantization), bench.randn(1, 4096), bench.randn(8, 4096)
         jobs = [partial(probe._one, x1, tile=t, gates=g) for t in tiles for g in (0, SILU)]
         compile_all(jobs + [partial(probe._many, x8, t) for t in matrix_tiles])
@@ -81,7 +81,7 @@ def vector_candidates(bits: int) -> list[Any]:
     ]
 
 
-def matrix_candidates(bits: int) -> list[Any]:
+def matrix_candidates() -> list[Any]:
     from wager.kernels.triton_tiles import Tile
 
     return [

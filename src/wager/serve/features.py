@@ -1,7 +1,7 @@
 """What the engine can do, as data: every technique of the serving survey (arXiv 2312.15234) and of today's servers.
 
 A feature that names an implementation is claimed; the tests check that the implementation and every test it names exist, and docs,
-`wager features` and the start-up check of conflicts are made from the same rows. Rows live in `feature_table/`; another system adds
+`wager features` and the check of conflicts are made from the same rows. Rows live in `feature_table/`; another system adds
 its own with `register`.
 """
 

@@ -110,11 +110,11 @@ def match_matmul(scope: Scope, tag: str) -> Iterator[tuple[str, Scope]]:
         return
     # the order of fused m follows the first input's dimensions, so that its re-layout is a view where it can be one
     m, k = _by_position(pair[0], rows["m"]), _by_position(pair[0], rows["k"])
-    for n in _orders(rows["n"], inner):
+    for n in _orders(rows["n"]):
         yield from _matmul(scope, inner, pair, rows["batch"], m, n, k, tag)
 
 
-def _orders(loops: list[Loop], inner: Scope) -> list[list[Loop]]:
+def _orders(loops: list[Loop]) -> list[list[Loop]]:
     """Orders of the fused n: what the output reads fastest goes last."""
     longest = sorted(loops, key=lambda loop: loop[2] - loop[1])
     return [longest] if longest == loops else [longest, loops]

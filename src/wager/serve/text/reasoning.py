@@ -61,9 +61,3 @@ def reasoning_stream(parser: str, prompt: str) -> ReasoningStream:
             f"reasoning parser {parser!r} is unknown; use one of {', '.join(PARSERS)}", param="reasoning_parser"
         )
     return ReasoningStream(opened=prompt.rstrip().endswith(OPEN))
-
-
-def split_reasoning(stream: ReasoningStream, text: str) -> Split:
-    """Both parts of a whole answer."""
-    first, last = stream.push(text), stream.finish()
-    return Split(first.reasoning + last.reasoning, first.content + last.content)

@@ -313,24 +313,6 @@ class NamedToolStream:
         return []
 
 
-def parse_tools(stream: ToolStream, text: str) -> tuple[str, list[ToolCall]]:
-    """(content, calls) of a whole answer."""
-    return collect(stream.push(text) + stream.finish())
-
-
-def collect(events: Sequence[Event]) -> tuple[str, list[ToolCall]]:
-    content, names, arguments = "", {}, {}
-    for event in events:
-        if isinstance(event, str):
-            content += event
-        elif event.name is not None:
-            names[event.index] = event.name
-            arguments.setdefault(event.index, "")
-        else:
-            arguments[event.index] += event.arguments
-    return content, [ToolCall(name, arguments[i]) for i, name in sorted(names.items())]
-
-
 def _joined(events: list[Event]) -> list[Event]:
     """Merge neighbouring content, drop empty pieces."""
     merged: list[Event] = []
