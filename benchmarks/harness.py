@@ -271,14 +271,16 @@ def module_name() -> str:
     return spec.name if spec else Path(sys.argv[0]).name
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """The options every benchmark has: --quick, --device, --repeats."""
+def arguments(description: str, device: str = "", repeats: bool = True) -> argparse.ArgumentParser:
+    """--quick, which every benchmark has; --device with this default and --repeats where it heeds them."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "--quick", action="store_true", help="small sizes and few repeats: does it run, not how fast is it"
     )
-    parser.add_argument("--device", default="cpu", help="where to run: cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=None, help="measured rounds; default depends on --quick")
+    if device:
+        parser.add_argument("--device", default=device, help="where to run: cpu or cuda")
+    if repeats:
+        parser.add_argument("--repeats", type=int, default=None, help="measured rounds; default depends on --quick")
     return parser
 
 

@@ -21,111 +21,20 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.compile.mirage_workloads import BARRED, Workload, draw, workloads
 from benchmarks.harness import Report, Row, arguments, compare, say
-from wager.graph.operators import Shape
 
 CALLS = 20
 MOST_SETS = 64
 SAMPLE_S = 2e-3
 PEERS = {"torch.compile default": "default", "torch.compile": "max-autotune-no-cudagraphs"}
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm without gain and epsilon, as in the published programs."""
-    return F.rms_norm(x, (x.shape[-1],), eps=0.0)
-
-
-def rmsnorm_matmul(x: Tensor, w: Tensor) -> Tensor:
-    return F.linear(norm(x), w)
-
-
-def gated_mlp(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(F.linear(x, gate)) * F.linear(x, up)
-
-
-def lora(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return F.linear(x, w) + F.linear(F.linear(x, a), b)
-
-
-def ntrans(h: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
-    return norm(x + alpha * (norm(h) + x))
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As published: no maximum is subtracted, and the scale is in the keys."""
-    weights = torch.exp(q @ k.transpose(1, 2))
-    return (weights / weights.sum(-1, keepdim=True)) @ v
-
-
-def qk_norm_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention(norm(q), k, v)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """`scales`: the standard deviation of each input. `max_block_ops`: the size that the search needs."""
-
-    title: str
-    group: str
-    function: Callable[..., Tensor]
-    shapes: tuple[Shape, ...]
-    scales: tuple[float, ...]
-    max_block_ops: int
-
-
-def linear(out: int, hidden: int) -> tuple[Shape, float]:
-    return (out, hidden), hidden**-0.5
-
-
-def workloads(shrink: int = 1) -> dict[str, Workload]:
-    """By name. `shrink` divides all sizes but the rows and the low rank (for tests)."""
-    hidden, wide, thin, keys = 4096 // shrink, 6144 // shrink, 256 // shrink, 4096 // shrink
-    queries, width = 256 // shrink, max(16, 64 // shrink)
-
-    def projected(
-        title: str, group: str, function: Any, rows: int, *weights: tuple[Shape, float], ops: int
-    ) -> Workload:
-        shapes, scales = zip(((rows, weights[0][0][1]), 1.0), *weights, strict=True)
-        return Workload(title, group, function, shapes, scales, ops)
-
-    def attended(title: str, group: str, function: Any, heads: int, rows: int, ops: int) -> Workload:
-        shapes = ((heads, rows, width), (heads, keys, width), (heads, keys, width))
-        return Workload(title, group, function, shapes, (1.0, width**-0.5, 1.0), ops)
-
-    weight, square = linear(wide, hidden), linear(hidden, hidden)
-    return {
-        "rms-2": projected(f"RMSNorm+MatMul 2x{hidden}x{wide}", "RMSNorm", rmsnorm_matmul, 2, weight, ops=7),
-        "rms-16": projected(f"RMSNorm+MatMul 16x{hidden}x{wide}", "RMSNorm", rmsnorm_matmul, 16, weight, ops=7),
-        "gated-8": projected(f"GatedMLP 8x{hidden}x{hidden}", "GatedMLP", gated_mlp, 8, square, square, ops=10),
-        "lora-16": projected(
-            f"LoRA 16x{thin}x{hidden} rank 16", "LoRA", lora, 16,
-            linear(hidden, thin), linear(16, thin), linear(hidden, 16), ops=10,
-        ),
-        "ntrans-8": Workload(f"nTrans 8x{hidden}", "nTrans", ntrans, ((8, hidden),) * 3, (1.0, 1.0, 0.5), 11),
-        "gqa-16": attended(f"GQA 16x{queries}x{keys}x{width}", "GQA", attention, 16, queries, 10),
-        "mqa-1": attended(f"GQA 1x{4 * queries}x{keys}x{width}", "GQA", attention, 1, 4 * queries, 10),
-        "qknorm-16": attended(f"QKNorm 16x{queries}x{keys}x{width}", "QKNorm", qk_norm_attention, 16, queries, 11),
-    }  # fmt: skip
-
-
-BARRED = ("RMSNorm", "GatedMLP", "LoRA", "nTrans")
-"""The four that the geometric mean is over."""
-
-
-def draw(load: Workload, device: str, dtype: torch.dtype, seed: int) -> list[Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-    return [
-        (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
-        for shape, scale in zip(load.shapes, load.scales, strict=True)
-    ]
 
 
 # ── one workload, in its own process ────────────────────────────────────────────────────────────────────────────────────
@@ -165,9 +74,7 @@ def one(name: str, into: Path, quick: bool, repeats: int, samples: int) -> None:
                 step(f"time {peer}", lambda c=contenders: found.update(rows=measured(load, inputs, c, repeats)))
     step(
         "errors",
-        lambda: facts.update(
-            {"errors against float64 as parts of the bound": errors(load, inputs, contenders, compiled)}
-        ),
+        lambda: facts.update({"errors against float64 as parts of the bound": errors(inputs, contenders, compiled)}),
     )
 
 
@@ -262,9 +169,7 @@ def replayed(
     return compare(title, runs, repeats=repeats, warmup=1, unit="s", progress=None)
 
 
-def errors(
-    load: Workload, inputs: list[Tensor], contenders: dict[str, Callable[..., Tensor]], compiled: Any
-) -> dict[str, Any]:
+def errors(inputs: list[Tensor], contenders: dict[str, Callable[..., Tensor]], compiled: Any) -> dict[str, Any]:
     """Each contender's largest difference from the float64 result, as a part of the verifier's bound for float16."""
     from wager.graph.verify.floating import expected, judge
 
@@ -280,7 +185,7 @@ def errors(
 
 
 def main() -> None:
-    parser = arguments("The Mirage workloads on a GPU.")
+    parser = arguments("The Mirage workloads on a GPU.", device="cpu")
     parser.add_argument("--workloads", default="", help=f"some of {','.join(workloads())}, with commas")
     parser.add_argument(
         "--budget-s", type=float, default=100.0, help="seconds for everything; what is not done is stopped"
@@ -407,18 +312,14 @@ def assemble(found: dict[str, dict[str, Any]]) -> Report:
         mine["fastest member"] = (part["facts"].get("fastest") or ["none"])[0]
         facts[load.title] = mine
     for state in ("warm", "cold"):
-        per_group = {g: mean_ratio(r) for (s, g), r in groups.items() if s == state}
+        per_group = {g: statistics.geometric_mean(r) for (s, g), r in groups.items() if s == state}
         barred = [per_group[g] for g in BARRED if g in per_group]
         if barred:
-            facts[f"geomean of {len(barred)} without attention, {state}"] = round(mean_ratio(barred), 3)
+            facts[f"geomean of {len(barred)} without attention, {state}"] = round(statistics.geometric_mean(barred), 3)
         if per_group:
             facts[f"by workload, {state}"] = {g: round(r, 3) for g, r in per_group.items()}
     device = torch.cuda.get_device_name().split()[1].lower() if torch.cuda.is_available() else "cpu"
     return Report("compile", f"mirage_gpu_{device}", rows, facts)
-
-
-def mean_ratio(ratios: Sequence[float]) -> float:
-    return math.exp(statistics.mean(math.log(r) for r in ratios))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ SMALL_FIELDS = ((23, 11), (47, 23), (107, 53), (227, 113))
 
 
 def main() -> None:
-    parser = arguments("Verification of published graphs.")
+    parser = arguments("Verification of published graphs.", repeats=False)
     parser.add_argument("--data", default=os.environ.get("WAGER_DATA"), help="folder that holds compilers/")
     args = parser.parse_args()
     root = args.data

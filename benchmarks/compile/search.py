@@ -84,13 +84,11 @@ SECTIONS = ("rediscovery", "race", "pruning", "nine")
 
 
 def main() -> None:
-    parser = arguments("Prism against Mirage, pruning, and what the searches find.")
+    parser = arguments("Prism against Mirage, pruning, and what the searches find.", repeats=False)
     parser.add_argument("--budget", type=float, default=None, help="seconds of search per program and search")
     parser.add_argument("--data", default=os.environ.get("WAGER_DATA"), help="folder that holds compilers/ (optional)")
     parser.add_argument("--only", choices=SECTIONS, default=None, help="one part; the record keeps the others")
     args = parser.parse_args()
-    if args.device != "cpu":
-        parser.error("these searches run on a CPU: --device cpu")
     torch.manual_seed(0)
     rows, facts = recorded() if args.only and not args.quick else ([], {})
     for section in SECTIONS if args.only is None else (args.only,):

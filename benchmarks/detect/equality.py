@@ -77,7 +77,7 @@ def scores_of_equal_references(x: np.ndarray, reference_RC: np.ndarray) -> np.nd
 
 
 def main() -> None:
-    parser = arguments("Scores against PyOD's.")
+    parser = arguments("Scores against PyOD's.", repeats=False)
     parser.add_argument("--data", type=Path, required=True, help="folder of npz tables")
     parser.add_argument("--peer-python", required=True, help="interpreter of the environment with PyOD")
     parser.add_argument("--max-rows", type=int, default=None, help="use only the first rows of larger tables (4000)")

@@ -51,8 +51,7 @@ Key = tuple[str, str]  # detector, table
 
 
 def main() -> None:
-    parser = arguments("Detectors on a GPU against PyOD on the processor.")
-    parser.set_defaults(device="cuda")
+    parser = arguments("Detectors on a GPU against PyOD on the processor.", device="cuda")
     parser.add_argument("--data", type=Path, required=True, help="folder of npz tables")
     parser.add_argument("--peer-python", required=True, help="interpreter of the environment with PyOD")
     parser.add_argument("--sets", default=None, help="tables to take; default: all of 20,000 rows or more")

@@ -24,7 +24,7 @@ BAR_MINUTES = 60
 
 
 def main() -> None:
-    parser = arguments("The whole benchmark of graph detectors.")
+    parser = arguments("The whole benchmark of graph detectors.", repeats=False)
     parser.add_argument("--data", type=Path, required=True, help="folder of npz graphs")
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--rows", type=Path, default=None, help="file of trials; an unfinished one is gone on with")

@@ -87,7 +87,7 @@ def measured(rows: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = arguments("A million rows under 2 GB, killed and resumed.")
+    parser = arguments("A million rows under 2 GB, killed and resumed.", repeats=False)
     parser.add_argument("--rows", type=int, default=None, help="rows (1,000,000; 30,000 with --quick)")
     parser.add_argument("--folder", type=Path, default=None, help="where finished blocks are kept (a temporary folder)")
     args = parser.parse_args()

@@ -122,11 +122,9 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", repeats=False)
     parser.add_argument("--model", default="demo", help="checkpoint that the engine serves")
     chosen = parser.parse_args()
-    if chosen.device != "cpu":
-        parser.error("this benchmark measures CPU kernels; --device cpu")
     torch.set_num_threads(1)
     os.environ["WAGER_KERNELS"] = "reference"  # the engines it starts: everything in torch but the candidate
     cases = merge(c for held in (False, True) for c in capture(architecture("llama"), held))

@@ -35,7 +35,7 @@ def perplexity(mode: str | None, tokens: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", repeats=False)
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2/")
     chosen = parser.parse_args()
     text = (chosen.data / "wikitext2" / "test_first_half.txt").read_text(encoding="utf-8")

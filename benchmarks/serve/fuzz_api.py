@@ -21,7 +21,7 @@ CHECKS = "not_a_server_error,error_shape"
 
 
 def main() -> None:
-    parser = arguments("schemathesis against the OpenAPI of `wager serve`.")
+    parser = arguments("schemathesis against the OpenAPI of `wager serve`.", repeats=False)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--examples", type=int, default=100, help="test cases per operation")
     parser.add_argument("--seed", type=int, default=1)

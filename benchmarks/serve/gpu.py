@@ -353,7 +353,6 @@ def first_difference(got: list[int], want: list[int]) -> int:
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.set_defaults(device="cuda")
     parser.add_argument("--sections", default="correct,single,profile,batch,quantized", help="which, in this order")
     chosen = parser.parse_args()
     if not torch.cuda.is_available():

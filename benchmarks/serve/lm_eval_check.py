@@ -35,7 +35,7 @@ CONTINUATIONS = (
 
 
 def main() -> None:
-    parser = arguments("lm-eval log-likelihoods against transformers.")
+    parser = arguments("lm-eval log-likelihoods against transformers.", repeats=False)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--limit", type=int, default=40, help="pairs of context and continuation")
     args = parser.parse_args()

@@ -50,7 +50,7 @@ class Question:
 
 
 def main() -> None:
-    parser = arguments("Load, disconnects and a soak against `wager serve`.")
+    parser = arguments("Load, disconnects and a soak against `wager serve`.", repeats=False)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--minutes", type=float, default=10.0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes.util
 import sys
+from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -58,24 +59,9 @@ def main() -> None:
     rng = np.random.default_rng(0)
     prompts = rng.integers(1, vocab, (args.requests, args.tokens)).tolist()
 
+    preloaded = preloads(args.vllm_python) if args.vllm_python else []
     with ExitStack() as stack:
-        workers = {"wager": sys.executable}
-        if args.only != "vllm":
-            workers["transformers"] = sys.executable
-        preloaded = preloads(args.vllm_python) if args.vllm_python else []
-        if args.vllm_python and args.only != "transformers":
-            workers["vllm"] = str(args.vllm_python)
-            say(f"preloaded for vLLM: {', '.join(preloaded) or 'nothing'}")
-        if args.quantization:
-            workers[f"wager {args.quantization}"] = sys.executable
-        engines = {}
-        for engine, python in workers.items():
-            say(f"starting {engine}")
-            kind, *quantization = engine.split()
-            command = [python, str(ENGINES), kind, str(model), args.dtype, *quantization]
-            env = {"LD_PRELOAD": ":".join(preloaded)} if kind == "vllm" and preloaded else None
-            engines[engine] = stack.enter_context(Worker(command, env=env, log=model / f"{engine}.log"))
-            engines[engine].call("load")
+        engines = started(stack, args, model, preloaded)
         rows = measure(engines, prompts, args.tokens, repeats, one_batch=args.one_batch)
         engines["wager"].call("generate", prompts=prompts, max_tokens=args.tokens)
         share = engines["wager"].call("share")
@@ -95,6 +81,27 @@ def main() -> None:
     print(f"\nscheduler, sampler, commit and detokenizer: {outside:.1%} of the time of {args.requests} requests")
     if not args.quick:
         print(f"written: {report.save()}")
+
+
+def started(stack: ExitStack, args: Namespace, model: Path, preloaded: list[str]) -> dict[str, Worker]:
+    """The contenders by name, each loaded in a process of its own that ends with the stack."""
+    workers = {"wager": sys.executable}
+    if args.only != "vllm":
+        workers["transformers"] = sys.executable
+    if args.vllm_python and args.only != "transformers":
+        workers["vllm"] = str(args.vllm_python)
+        say(f"preloaded for vLLM: {', '.join(preloaded) or 'nothing'}")
+    if args.quantization:
+        workers[f"wager {args.quantization}"] = sys.executable
+    engines = {}
+    for engine, python in workers.items():
+        say(f"starting {engine}")
+        kind, *quantization = engine.split()
+        command = [python, str(ENGINES), kind, str(model), args.dtype, *quantization]
+        env = {"LD_PRELOAD": ":".join(preloaded)} if kind == "vllm" and preloaded else None
+        engines[engine] = stack.enter_context(Worker(command, env=env, log=model / f"{engine}.log"))
+        engines[engine].call("load")
+    return engines
 
 
 def measure(

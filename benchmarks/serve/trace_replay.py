@@ -21,7 +21,7 @@ PERCENTILES = (50, 90, 99)
 
 
 def main() -> None:
-    parser = arguments("Replay of the Azure conversation trace.")
+    parser = arguments("Replay of the Azure conversation trace.", repeats=False)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--trace", type=Path, default=TRACE)
     parser.add_argument("--duration", type=float, default=60.0, help="seconds of the trace")

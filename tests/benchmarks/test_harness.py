@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.harness import Report, compare, format_table, load_results, ratio_of_medians, write_atomically
+from benchmarks.harness import (
+    Report,
+    arguments,
+    compare,
+    format_table,
+    load_results,
+    ratio_of_medians,
+    write_atomically,
+)
 from benchmarks.worker import Worker, WorkerError
 
 MACHINE = {"cpu": "test", "cores": 1}
@@ -144,3 +152,13 @@ def test_results_are_strict_json(tmp_path):
     with pytest.raises(ValueError):
         Report("serve", "x", rows, facts={"bad": float("nan")}).save(MACHINE, root=tmp_path)
     json.dumps(rows[0].samples)
+
+
+@pytest.mark.parametrize(("device", "repeats"), [("", True), ("cuda", False)])
+def test_options_are_offered_where_they_are_heeded(device, repeats, capsys):
+    parser = arguments("x", device=device, repeats=repeats)
+    names = vars(parser.parse_args(["--quick"]))
+    assert names == {"quick": True, **({"device": device} if device else {}), **({"repeats": None} if repeats else {})}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--repeats", "2"] if device else ["--device", "cpu"])
+    assert "unrecognized" in capsys.readouterr().err

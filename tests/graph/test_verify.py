@@ -239,14 +239,3 @@ def test_the_memory_that_the_float_check_needs_is_foretold(rng):
 def test_programs_survive_json():
     program = norm_kernel()
     assert from_json(to_json(program)) == program
-
-
-def test_intervals_enclose_the_values(rng):
-    from wager.graph.domains import Interval, Range
-
-    program = published.gated_mlp(3, 5, 4)
-    inputs = random_inputs(program, rng)
-    boxes = run(program, [Range(x - 0.1, x + 0.1) for x in inputs], Interval())[0]
-    for _ in range(20):
-        value = run(program, [x + rng.uniform(-0.1, 0.1, x.shape) for x in inputs])[0]
-        assert np.all((boxes.low <= value) & (value <= boxes.high))

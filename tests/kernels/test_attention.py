@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.ragged import ragged_starts
 from wager.kernels import native
 from wager.kernels.registry import choice, usual_mode
-from wager.serve.batch import ragged_starts
 
 pytestmark = pytest.mark.skipif(choice().form != "native", reason="native kernels cannot be built here")
 SIZE = 16

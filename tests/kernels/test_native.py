@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.ragged import ragged_starts
 from wager import kernels
 from wager.kernels import native, reference
 from wager.kernels.registry import choice, pack_linear
-from wager.serve.batch import ragged_starts
 
 pytestmark = pytest.mark.skipif(choice().form != "native", reason="native kernels cannot be built here")
 

@@ -83,11 +83,9 @@ def test_trees_refuse_children_before_parents():
         TokenTree(np.array([1, 2]), np.array([1, -1]))
 
 
-def test_ancestor_bits_match_paths():
-    bits = TREE.ancestor_bits()
-    for node in range(len(TREE)):
-        visible = {j for j in range(7) if bits[node + 1, 0] >> np.uint64(j) & np.uint64(1)}
-        assert visible == {0, *(n + 1 for n in TREE.path(node))}
+def test_nodes_see_their_paths():
+    for node, seen in enumerate(TREE.visible()):
+        assert set(np.flatnonzero(seen)) == set(TREE.path(node))
     assert TREE.depths().tolist() == [1, 1, 2, 2, 3, 2]
 
 

@@ -13,9 +13,9 @@ from wager.serve.llm import LLM
 from wager.serve.params import SamplingParams
 
 
-def speculation_arguments(description: str) -> Any:
+def speculation_arguments(description: str, repeats: bool = True) -> Any:
     """--model, --draft, --data, --prompts, --tokens, --dtype beside the common options."""
-    parser = arguments(description)
+    parser = arguments(description, device="cpu", repeats=repeats)
     parser.add_argument("--model", default="demo", help="target")
     parser.add_argument("--draft", default="demo-draft", help="draft model")
     parser.add_argument("--data", type=Path, help="directory with humaneval.jsonl and spec_bench.jsonl")

@@ -26,7 +26,7 @@ PROMPT = [7, 8, 9]
 
 
 def main() -> None:
-    parser = speculation_arguments("Exactness of every method on every prompt.")
+    parser = speculation_arguments("Exactness of every method on every prompt.", repeats=False)
     parser.add_argument("--samples", type=int, default=4096, help="texts per method and point of the grid")
     parser.set_defaults(prompts=0, tokens=12)
     args = parser.parse_args()

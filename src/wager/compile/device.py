@@ -246,7 +246,7 @@ def superoptimize(
         say(f"{len(some)} members to time, priced {some[0].price * 1e6:.1f} us and more")
     best = race(some, traced.program, traced.constants, inputs, clock, tune=not known)
     report.counters["timed"] = len(best)
-    report.details += [_told(r, best) for r in best[:10]]
+    report.details += [_told(r) for r in best[:10]]
     if not best:
         report.reason = "no candidate could be compiled; the original is kept"
         return None, traced.program, report
@@ -266,7 +266,7 @@ def device_name(x: Tensor) -> str:
     return torch.cuda.get_device_name(x.device) if x.is_cuda else str(x.device)
 
 
-def _told(raced: Raced, best: Sequence[Raced]) -> str:
+def _told(raced: Raced) -> str:
     kernels = [n.block for n in raced.member.program.kernels if n.block is not None]
     sizes = "; ".join(
         f"grid {'x'.join(map(str, b.grid))} loop {b.loop} warps {launch.warps} stages {launch.stages}"

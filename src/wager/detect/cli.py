@@ -37,6 +37,14 @@ Memory = Annotated[
 Workers = Annotated[int, typer.Option("--workers", help="Processes that share the neighbour search.", min=1)]
 
 
+def keep(path: Path, fitted: dict[str, Any]) -> None:
+    """Pickle what `wager detect score` needs, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(pickle.dumps(fitted))
+    temporary.replace(path)
+    print(f"kept: {path}")
+
+
 @app.command()
 def fit(
     data: Data,
@@ -97,12 +105,7 @@ def fit(
     show(scores, {n: d.threshold_ for n, d in made.items()}, labels, rows.y_N, top)
     finish(out, plot, scores, labels, {n: d.threshold_ for n, d in made.items()}, rows.y_N)
     if save:
-        temporary = save.with_name(f".{save.name}.tmp")
-        temporary.write_bytes(
-            pickle.dumps({"detectors": made, "centre": centre, "scale": scale, "columns": rows.columns})
-        )
-        temporary.replace(save)
-        print(f"kept: {save}")
+        keep(save, {"detectors": made, "centre": centre, "scale": scale, "columns": rows.columns})
 
 
 @app.command()

@@ -41,7 +41,6 @@ UNARY = frozenset(
 BINARY = frozenset(["add", "sub", "mul", "div", "maximum"])
 COMMUTATIVE = frozenset(("add", "mul", "maximum"))
 ACCUMULATORS = frozenset(("accum", "accum_sum", "accum_rms", "accum_width"))
-LEVEL = frozenset(("input", "output", "kernel", "result", "const"))
 
 
 class ShapeError(UsageError):

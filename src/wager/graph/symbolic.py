@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wager.errors import UsageError
-from wager.graph.operators import Shape, ShapeError
+from wager.graph.operators import ShapeError
 
 
 @dataclass(frozen=True, order=True)
@@ -214,8 +214,3 @@ def instantiate(program: Any, values: Mapping[str, int]) -> Any:
     made = replace(program, nodes=tuple(nodes))
     check(made)
     return made
-
-
-def shape_text(shape: Shape) -> list[Any]:
-    """A shape for JSON: integers, and sizes as text."""
-    return [str(s) if isinstance(s, Size) else s for s in shape]

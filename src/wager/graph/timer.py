@@ -1,23 +1,12 @@
-"""Times callables so that the figures can be compared: interleaved rounds, medians, the first contender twice for the noise.
-
-`CostLog` remembers medians by a key (operator, shapes, threads, machine) in a file, so that a search does not time the same kernel twice.
-"""
+"""Times callables so that the figures can be compared: interleaved rounds, medians, the first contender twice for the noise."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import torch
-
-from wager.native import build
 
 
 @dataclass(frozen=True)
@@ -68,32 +57,3 @@ def quick_time(run: Callable[[], Any], *, rounds: int = 5) -> float:
         run()
         samples.append(time.perf_counter() - begin)
     return min(samples)
-
-
-def machine_key() -> str:
-    """What a timing depends on besides the kernel."""
-    return f"{build.isa()}-{hashlib.blake2b(build.cpu_flags().encode(), digest_size=4).hexdigest()}-t{torch.get_num_threads()}"
-
-
-class CostLog:
-    """A dictionary of medians in a JSON file; written whole by renaming."""
-
-    def __init__(self, path: Path | None = None):
-        self.path = path or build.cache_dir().parent / "costs.json"
-        try:
-            self.entries: dict[str, float] = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            self.entries = {}
-
-    def get(self, key: str, measure: Callable[[], float]) -> float:
-        """The remembered cost, or `measure()` which is then remembered."""
-        full = f"{machine_key()} {key}"
-        if full not in self.entries:
-            self.entries[full] = measure()
-        return self.entries[full]
-
-    def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.entries))
-        temporary.replace(self.path)

@@ -12,7 +12,6 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -63,14 +62,6 @@ class ModelCard:
 LLAMA_30B = ModelCard("llama1_30b", 60, 6656, 12 * 6656**2 * 2.0, 2 * 6656 * 2)
 LLAMA_70B = ModelCard("llama2_70b", 80, 8192, 1.53e9, 2 * 1024 * 2)
 MODELS = {card.name: card for card in (LLAMA_30B, LLAMA_70B)}
-
-
-class LayerCost(Protocol):
-    """Seconds of one layer on one machine."""
-
-    def prompt_s(self, tokens: float) -> float: ...
-
-    def decode_s(self, sequences: float) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -201,7 +192,7 @@ class Roofline:
 
 @dataclass(frozen=True)
 class RooflineCost:
-    """A LayerCost for a machine nobody has measured."""
+    """Seconds of one layer on a machine nobody has measured."""
 
     roofline: Roofline
     model: ModelCard

@@ -118,6 +118,13 @@ def masked_keys(mask_TP: Tensor) -> int:
     )
 
 
+def own_span(rows: Tensor, mask_TP: Tensor | None) -> Tensor:
+    """bool [T, keys]: which rows of its own span each query sees, those before it or those whose bits are set."""
+    if mask_TP is None:
+        return rows[None, :] <= rows[:, None]
+    return (mask_TP[:, rows // 64] >> (rows % 64)) & 1 == 1
+
+
 def paged_attention(
     q_THK: Tensor,
     k_pool_SGK: Tensor,
@@ -161,11 +168,7 @@ def paged_attention(
         k, v = k_pool_SGK[slots].float(), v_pool_SGV[slots].float()
         k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
         rows = torch.arange(keys, device=q_THK.device)
-        if mask_TP is None:
-            own = rows[None, :] <= rows[:, None]
-        else:
-            words = mask_TP[start:stop][:, rows // 64]
-            own = (words >> (rows % 64)) & 1 == 1
+        own = own_span(rows, None if mask_TP is None else mask_TP[start:stop])
         seen = torch.cat((torch.ones(length, context, dtype=torch.bool, device=own.device), own), dim=1)
         if window is not None:
             key_positions = torch.cat((index[:context], positions_T[start + rows.clamp(max=length - 1)]))

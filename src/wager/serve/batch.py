@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from wager.models.base import Adapters
@@ -69,10 +68,3 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return self.tokens_T.shape[0]
-
-
-def ragged_starts(lengths: list[int]) -> Tensor:
-    """int32 [len + 1] running sums starting at 0."""
-    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=starts[1:])
-    return starts

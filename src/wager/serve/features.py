@@ -1,7 +1,7 @@
 """What the engine can do, as data: every technique of the serving survey (arXiv 2312.15234) and of today's servers.
 
 A feature that names an implementation is claimed; the tests check that the implementation and every test it names exist, and docs,
-`wager features` and the start-up check of conflicts are made from the same rows. Rows live in `feature_table.py`; another system adds
+`wager features` and the check of conflicts are made from the same rows. Rows live in `feature_table/`; another system adds
 its own with `register`.
 """
 
@@ -80,7 +80,8 @@ def register(*features: Feature) -> None:
 
 def registry() -> dict[str, Feature]:
     """Every known feature by id, in the order of the taxonomy."""
-    importlib.import_module("wager.serve.feature_table")  # registers its rows when first imported
+    for branch in ("algorithm", "system", "service"):
+        importlib.import_module(f"wager.serve.feature_table.{branch}")  # registers its rows when first imported
     return dict(_REGISTRY)
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from wager.errors import UsageError
 from wager.serve.build import Engine
 from wager.serve.generation import Generation
-from wager.serve.params import SamplingParams
+from wager.serve.lora import load_adapter
+from wager.serve.params import OutputKind, SamplingParams
 from wager.serve.request import Request
 from wager.serve.sampling.thinking import ThinkingBudget
 
 MAX_N = 256
+EMBED_PARAMS = SamplingParams(max_tokens=0, output_kind=OutputKind.FINAL_ONLY)
+
+Prompt = str | list[int]
 
 
 class Frontend:
@@ -21,7 +27,7 @@ class Frontend:
         self.engine = engine
         self.generations: dict[str, Generation] = {}
 
-    def tokenize(self, prompt: str | list[int], truncate: int | None = None) -> tuple[str | None, list[int]]:
+    def tokenize(self, prompt: Prompt, truncate: int | None = None) -> tuple[str | None, list[int]]:
         """(text, token ids) of a prompt. Raises UsageError for ids outside the vocabulary or text without a tokenizer."""
         tokenizer = self.engine.tokenizer
         if isinstance(prompt, str):
@@ -43,7 +49,7 @@ class Frontend:
 
     def make(
         self,
-        prompt: str | list[int],
+        prompt: Prompt,
         params: SamplingParams,
         request_id: str,
         *,
@@ -53,22 +59,11 @@ class Frontend:
         pooling: str | None = None,
     ) -> Generation:
         """Validate against the model's limits and build the n requests. Touches no engine state."""
-        engine = self.engine
         if params.n > MAX_N:
             raise UsageError(f"n must be at most {MAX_N}, got {params.n}", param="n")
         version = self._adapter_version(adapter)
-        if params.structured_outputs is not None and engine.grammars is None:
-            raise UsageError(
-                "structured outputs need a tokenizer: drop skip_tokenizer_init", param="structured_outputs"
-            )
+        self._check_engine_has(params)
         self._check_token_ids(params)
-        if engine.core.speculator is not None:
-            engine.core.speculator.check_method(params.speculative_method)
-        elif params.speculative_method not in (None, "none"):
-            raise UsageError(
-                f"speculative_method {params.speculative_method!r} needs an engine with a speculative_config",
-                param="speculative_method",
-            )
         text, token_ids = self.tokenize(prompt, params.truncate_prompt_tokens)
         limit = self._max_total_tokens(len(token_ids), params, pooling)
         requests: list[Request] = []
@@ -85,14 +80,18 @@ class Frontend:
                     adapter=adapter,
                     adapter_version=version,
                     cache_salt=cache_salt,
-                    eos_token_ids=engine.eos_token_ids,
+                    eos_token_ids=self.engine.eos_token_ids,
                     index=index,
                     shares_prompt_with=requests[0] if index else None,
                     pooling=pooling,
                     thinking=self._thinking_budget(token_ids, params),
                 )
             )
-        return Generation(request_id, text, requests, engine.tokenizer)
+        return Generation(request_id, text, requests, self.engine.tokenizer)
+
+    def make_embedding(self, prompt: Prompt, request_id: str, adapter: str | None = None) -> Generation:
+        """A request for one vector pooled from the last hidden states."""
+        return self.make(prompt, EMBED_PARAMS, request_id, adapter=adapter, pooling=self.engine.config.pooling)
 
     def _thinking_budget(self, prompt_token_ids: list[int], params: SamplingParams) -> ThinkingBudget | None:
         if params.thinking_token_budget is None:
@@ -117,6 +116,21 @@ class Frontend:
                 code="context_length_exceeded",
             )
         return longest if wanted is None else num_prompt + wanted
+
+    def _check_engine_has(self, params: SamplingParams) -> None:
+        """What the request asks for beyond plain sampling: a grammar compiler, a method of speculation."""
+        engine = self.engine
+        if params.structured_outputs is not None and engine.grammars is None:
+            raise UsageError(
+                "structured outputs need a tokenizer: drop skip_tokenizer_init", param="structured_outputs"
+            )
+        if engine.core.speculator is not None:
+            engine.core.speculator.check_method(params.speculative_method)
+        elif params.speculative_method not in (None, "none"):
+            raise UsageError(
+                f"speculative_method {params.speculative_method!r} needs an engine with a speculative_config",
+                param="speculative_method",
+            )
 
     def _check_token_ids(self, params: SamplingParams) -> None:
         vocab = self.engine.vocab_size
@@ -186,3 +200,44 @@ class Frontend:
         if generation is not None:
             generation.abort(self.engine.core.finish)
         return generation
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Load a PEFT adapter under `name`. Raises UsageError when the name is taken or the limit is reached."""
+        adapters, limit = self.engine.core.adapters, self.engine.config.max_loras
+        if name in adapters:
+            raise UsageError(f"adapter {name!r} is already loaded; unload it first", param="lora_name")
+        if len(adapters) >= limit:
+            raise UsageError(f"{limit} adapters are loaded already (max_loras); unload one", param="lora_name")
+        adapters[name] = load_adapter(Path(path), self.engine.core.runner.model)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises UsageError when it is unknown or a live request uses it."""
+        core = self.engine.core
+        if name not in core.adapters:
+            raise UsageError(f"adapter {name!r} is not loaded", param="lora_name", code="model_not_found")
+        users = sum(r.adapter == name for r in core.requests.values())
+        if users:
+            raise UsageError(
+                f"adapter {name!r} serves {users} running requests; retry when they are done", param="lora_name"
+            )
+        del core.adapters[name]
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many → a list: a string and a list of ints are single prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = list(prompts)  # type: ignore[arg-type]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+def per_prompt(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise UsageError(
+            f"{len(params)} sampling_params were given for {count} prompts; give one or as many as prompts"
+        )
+    return list(params)

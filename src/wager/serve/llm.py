@@ -10,23 +10,19 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wager.errors import CapacityError, UsageError, WagerError
 from wager.serve.build import Engine, build_engine
 from wager.serve.config import EngineConfig
-from wager.serve.frontend import Frontend
+from wager.serve.frontend import Frontend, Prompt, as_prompts, per_prompt
 from wager.serve.generation import Generation
-from wager.serve.lora import load_adapter
 from wager.serve.observe import Observer
 from wager.serve.outputs import EmbeddingOutput, RequestOutput
-from wager.serve.params import OutputKind, SamplingParams
+from wager.serve.params import OutputKind, SamplingParams, default_params
 
 log = logging.getLogger(__name__)
-
-Prompt = str | list[int]
 
 
 class LLM:
@@ -100,19 +96,16 @@ class LLM:
     def embed(self, prompts: Prompt | Sequence[Prompt], *, adapter: str | None = None) -> list[EmbeddingOutput]:
         """L2-normalised float32 vectors pooled from the last hidden states."""
         generations = [
-            self.frontend.make(
-                prompt, EMBED_PARAMS, f"llm-{next(self._ids)}", adapter=adapter, pooling=self.engine.config.pooling
-            )
-            for prompt in as_prompts(prompts)
+            self.frontend.make_embedding(prompt, f"llm-{next(self._ids)}", adapter) for prompt in as_prompts(prompts)
         ]
         outputs = self._run(generations, progress=False)
         return [outputs[g.request_id] for g in generations]
 
     def load_adapter(self, name: str, path: str) -> None:
-        add_adapter(self.frontend, name, path)
+        self.frontend.load_adapter(name, path)
 
     def unload_adapter(self, name: str) -> None:
-        drop_adapter(self.frontend, name)
+        self.frontend.unload_adapter(name)
 
     def _run(self, generations: list[Generation], progress: bool) -> dict[str, Any]:
         from wager.serve.progress import generation_progress
@@ -200,10 +193,7 @@ class AsyncLLM:
 
     async def embed(self, prompt: Prompt, request_id: str, *, adapter: str | None = None) -> EmbeddingOutput:
         """One L2-normalised vector pooled from the last hidden states."""
-        generation = self.frontend.make(
-            prompt, EMBED_PARAMS, request_id, adapter=adapter, pooling=self.engine.config.pooling
-        )
-        async for output in self._stream(generation):
+        async for output in self._stream(self.frontend.make_embedding(prompt, request_id, adapter)):
             if isinstance(output, EmbeddingOutput):
                 return output
             if output.error:
@@ -244,11 +234,11 @@ class AsyncLLM:
         return {name: str(adapter.path) for name, adapter in self.engine.core.adapters.items()}
 
     async def load_adapter(self, name: str, path: str) -> None:
-        await self._call(lambda: add_adapter(self.frontend, name, path))
+        await self._call(lambda: self.frontend.load_adapter(name, path))
 
     async def unload_adapter(self, name: str) -> None:
         """Requests that run with the adapter finish first come: unloading waits for none, it refuses while any is live."""
-        await self._call(lambda: drop_adapter(self.frontend, name))
+        await self._call(lambda: self.frontend.unload_adapter(name))
 
     async def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False while requests hold blocks."""
@@ -378,68 +368,3 @@ class _Listener:
 def _put_all(items: list[tuple[_Listener, Any]]) -> None:
     for listener, output in items:
         listener.queue.put_nowait(output)
-
-
-EMBED_PARAMS = SamplingParams(max_tokens=0, output_kind=OutputKind.FINAL_ONLY)
-
-
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many → a list: a string and a list of ints are single prompts."""
-    if isinstance(prompts, str):
-        return [prompts]
-    prompts = list(prompts)  # type: ignore[arg-type]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
-
-
-def per_prompt(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise UsageError(
-            f"{len(params)} sampling_params were given for {count} prompts; give one or as many as prompts"
-        )
-    return list(params)
-
-
-def default_params(generation_config: dict[str, Any]) -> SamplingParams:
-    """SamplingParams from a checkpoint's generation_config.json; `do_sample: false` is greedy."""
-    known = {
-        k: generation_config[k]
-        for k in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        if k in generation_config
-    }
-    known = {k: v for k, v in known.items() if v is not None}
-    if generation_config.get("do_sample") is False:
-        known = {k: v for k, v in known.items() if k == "repetition_penalty"} | {"temperature": 0.0}
-    return SamplingParams(**known)
-
-
-def add_adapter(frontend: Frontend, name: str, path: str) -> None:
-    """Load a PEFT adapter under `name`. Raises UsageError when the name is taken or the limit is reached."""
-    engine = frontend.engine
-    if name in engine.core.adapters:
-        raise UsageError(f"adapter {name!r} is already loaded; unload it first", param="lora_name")
-    if len(engine.core.adapters) >= engine.config.max_loras:
-        raise UsageError(
-            f"{engine.config.max_loras} adapters are loaded already (max_loras); unload one", param="lora_name"
-        )
-    engine.core.adapters[name] = load_adapter(Path(path), engine.core.runner.model)
-
-
-def drop_adapter(frontend: Frontend, name: str) -> None:
-    """Forget an adapter. Raises UsageError when it is unknown or a live request uses it."""
-    core = frontend.engine.core
-    if name not in core.adapters:
-        raise UsageError(f"adapter {name!r} is not loaded", param="lora_name", code="model_not_found")
-    users = sum(r.adapter == name for r in core.requests.values())
-    if users:
-        raise UsageError(
-            f"adapter {name!r} serves {users} running requests; retry when they are done", param="lora_name"
-        )
-    del core.adapters[name]
-
-
-def stats_dict(stats: EngineStats) -> dict[str, Any]:
-    return asdict(stats)

@@ -41,7 +41,6 @@ class RingStats:
 
     passes: int = 0
     layers_read: int = 0
-    bytes_read: int = 0
     read_s: float = 0.0
     compute_s: float = 0.0
     wait_s: float = 0.0
@@ -190,7 +189,6 @@ class LayerRing:
                 time.sleep(max(0.0, (at + chunk) / self.bytes_per_s - (time.perf_counter() - begun)))
         self.stats.read_s += time.perf_counter() - begun
         self.stats.layers_read += 1
-        self.stats.bytes_read += stored.nbytes
         with self._changed:
             self._held[layer % self.slots] = layer
             self._changed.notify_all()

@@ -142,3 +142,16 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW_TEMPERATURE
+
+
+def default_params(generation_config: dict[str, Any]) -> SamplingParams:
+    """SamplingParams from a checkpoint's generation_config.json; `do_sample: false` is greedy."""
+    known = {
+        k: generation_config[k]
+        for k in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        if k in generation_config
+    }
+    known = {k: v for k, v in known.items() if v is not None}
+    if generation_config.get("do_sample") is False:
+        known = {k: v for k, v in known.items() if k == "repetition_penalty"} | {"temperature": 0.0}
+    return SamplingParams(**known)

@@ -57,13 +57,6 @@ class TokenTree:
         """bool [n, n]: node i sees node j, that is, j is i or one of its ancestors."""
         return visible_of(self.parents)
 
-    def ancestor_bits(self) -> np.ndarray:
-        """uint64 [n + 1, words]: bit j of row i says that span row i sees span row j (itself, the root and its ancestors)."""
-        rows = np.zeros((len(self) + 1, len(self) + 1), bool)
-        rows[:, 0] = True
-        rows[1:, 1:] = self.visible()
-        return pack_bits(rows, len(self) // 64 + 1)
-
     def children(self) -> list[list[int]]:
         """Row-indexed children: entry 0 lists the root's children, entry i + 1 those of node i, in proposal order."""
         lists: list[list[int]] = [[] for _ in range(len(self) + 1)]

@@ -138,7 +138,6 @@ class _Pipeline:
         self.now_s = 0.0
         self.handle = self.lib.wager_pipeline_new(len(nodes), activation_bytes, keep_busy)
         self.nodes = {n.name: _LiveView(self, i) for i, n in enumerate(self.models)}
-        self._keep_busy = keep_busy
         self._fill(links, arrivals)
         most = max(1, min(layers, len(nodes) * layers))
         # ctypes needs these objects alive as long as the handle

@@ -92,8 +92,8 @@ class LinearModel:
 class Solution:
     """`x` and `value` are the best found (absent when none was); `bound` is proven: no solution is better than it.
 
-    `gap` is |value - bound| relative to the larger of the two, infinite without a value. `duals` (rows) and `reduced_costs` (columns)
-    come with a linear program only; a dual is the change of the optimum per unit of the row's binding side.
+    `gap` is |value - bound| relative to the larger of the two, infinite without a value. `duals` (rows) come with a linear
+    program only; a dual is the change of the optimum per unit of the row's binding side.
     """
 
     status: Status
@@ -103,7 +103,6 @@ class Solution:
     seconds: float
     solver: str
     duals: np.ndarray | None = None
-    reduced_costs: np.ndarray | None = None
 
     @property
     def found(self) -> bool:

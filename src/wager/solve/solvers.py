@@ -105,9 +105,8 @@ def _lp(model: LinearModel, time_limit_s: float | None, begun: float) -> Solutio
         duals[below] -= result.ineqlin.marginals[len(above) :]
     if equal.any():
         duals[equal] = result.eqlin.marginals
-    reduced = sign * (result.lower.marginals + result.upper.marginals)
     value = model.evaluate(result.x)
-    return Solution("optimal", value, value, result.x, seconds, "highs", sign * duals, reduced)
+    return Solution("optimal", value, value, result.x, seconds, "highs", sign * duals)
 
 
 def _cpsat(

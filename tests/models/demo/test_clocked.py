@@ -18,9 +18,10 @@ from wager.models import demo
 from wager.models.attend import causal_attention
 from wager.models.demo import __main__ as factory
 from wager.models.demo import clocked, packages
-from wager.models.demo.clocked import Clock, Place, Prompts, soft_loss, windows
 from wager.models.demo.corpus import Document
+from wager.models.demo.distil import Prompts, agreement, soft_loss
 from wager.models.demo.packages import Source, permissive, sources, texts_of
+from wager.models.demo.timed import Clock, Place, check_loss, fresh, load, windows
 from wager.models.loader import load_model
 
 MODULE = '''"""{0} of a package that counts. {1}"""
@@ -151,13 +152,13 @@ def test_prompts_are_as_long_as_asked_and_half_are_functions(made):
 def test_every_stage_leaves_its_files_and_the_draft_learned_the_target(made):
     report = json.loads((made / "evaluation.json").read_text())
     assert report["heldout_nats"]["code"] < 7.5  # 8.3 before the first step
-    start = clocked._fresh(factory.plans()["gpu-tiny"].drafts["draft"], Place(made, torch.device("cpu"), False), 10)
+    start = fresh(factory.plans()["gpu-tiny"].drafts["draft"], Place(made, torch.device("cpu"), False), 10)
     place, plan = Place(made, torch.device("cpu"), False), factory.plans()["gpu-tiny"]
-    target = clocked._load(place, "target")
-    before = clocked.agreement(plan, place, target, start, 0.6)
+    target = load(place, "target")
+    before = agreement(plan, place, target, start, 0.6)
     assert report["agreement"]["draft"]["T=0.6"] > before + 0.2
-    assert clocked.agreement(plan, place, target, target, 0.6) > 0.999
-    assert clocked.agreement(plan, place, target, target, 0.0) == 1.0
+    assert agreement(plan, place, target, target, 0.6) > 0.999
+    assert agreement(plan, place, target, target, 0.0) == 1.0
 
 
 def test_the_engine_and_transformers_load_what_was_made(made):
@@ -219,9 +220,9 @@ def test_a_clock_ends_by_time_or_by_steps():
 
 
 def test_a_lost_loss_is_an_error_that_keeps_the_last_weights():
-    clocked._check(1.0, "target")
+    check_loss(1.0, "target")
     with pytest.raises(WagerError, match="lower learning rate"):
-        clocked._check(float("nan"), "target")
+        check_loss(float("nan"), "target")
 
 
 def test_options_of_other_presets_are_refused(tmp_path):

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.serve.text.whole_answers import split_reasoning
 from wager.errors import UsageError
-from wager.serve.text.reasoning import CLOSE, OPEN, ReasoningStream, reasoning_stream, split_reasoning
+from wager.serve.text.reasoning import CLOSE, OPEN, ReasoningStream, reasoning_stream
 
 PIECES = st.lists(
     st.sampled_from([OPEN, CLOSE, "<", "<th", "</think", ">", "a", " ", "\n", "é😀", "think"]), max_size=14

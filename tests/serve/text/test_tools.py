@@ -6,17 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.serve.text.whole_answers import collect, parse_tools, split_reasoning
 from wager.errors import UsageError
-from wager.serve.text.reasoning import ReasoningStream, split_reasoning
-from wager.serve.text.tools import (
-    NamedToolStream,
-    ToolDelta,
-    collect,
-    forced_constraint,
-    forced_stream,
-    parse_tools,
-    tool_stream,
-)
+from wager.serve.text.reasoning import ReasoningStream
+from wager.serve.text.tool_streams import NamedToolStream, ToolDelta
+from wager.serve.text.tools import forced_constraint, forced_stream, tool_stream
 
 CASES = {
     "hermes": [

@@ -18,7 +18,7 @@ from wager.compile.mirage.regions import grid_maps
 from wager.compile.prism.family import ARENA_LIMIT
 from wager.compile.prism.mapping import Ties
 from wager.compile.prism.search import merges, saved_expressions
-from wager.graph.lower.cpp import arena_bytes
+from wager.graph.lower.tiles import arena_bytes
 from wager.graph.operators import Shape, ShapeError
 from wager.graph.program import BlockBuilder, BlockGraph, Builder, Program, cut
 

@@ -26,7 +26,7 @@ from wager.compile.mirage.pairs import pairs, splitting
 from wager.compile.mirage.plans import Plan, plans
 from wager.compile.prism.family import ARENA_LIMIT, GRID_SIZES, LOOP_SIZES
 from wager.compile.units import Journal, fingerprint, run
-from wager.graph.lower.cpp import arena_bytes
+from wager.graph.lower.tiles import arena_bytes
 from wager.graph.operators import Shape
 from wager.graph.program import BlockBuilder, Builder, Program, cut, from_json, to_json
 from wager.graph.verify.finite_field import verify

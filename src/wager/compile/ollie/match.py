@@ -8,9 +8,10 @@ positions and window positions sharing a dimension of T1. Source: arXiv 2208.020
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import NamedTuple
 
 from wager.compile.ollie.rules import stages, with_innermost
 from wager.graph.expression import Call, Loop, Read, Routine, Scope, Tensor
@@ -110,11 +111,11 @@ def match_matmul(scope: Scope, tag: str) -> Iterator[tuple[str, Scope]]:
         return
     # the order of fused m follows the first input's dimensions, so that its re-layout is a view where it can be one
     m, k = _by_position(pair[0], rows["m"]), _by_position(pair[0], rows["k"])
-    for n in _orders(rows["n"], inner):
+    for n in _orders(rows["n"]):
         yield from _matmul(scope, inner, pair, rows["batch"], m, n, k, tag)
 
 
-def _orders(loops: list[Loop], inner: Scope) -> list[list[Loop]]:
+def _orders(loops: list[Loop]) -> list[list[Loop]]:
     """Orders of the fused n: what the output reads fastest goes last."""
     longest = sorted(loops, key=lambda loop: loop[2] - loop[1])
     return [longest] if longest == loops else [longest, loops]
@@ -167,12 +168,12 @@ def match_conv(scope: Scope, tag: str) -> Iterator[tuple[str, Scope]]:
             if p in sums and q in loops:
                 (p, cp), (q, cq) = (q, cq), (p, cp)
             if p in loops and q in sums and cp > 0 and cq > 0 and q in names[1] and p not in names[1]:
-                windows.append((d, str(p), cp, str(q), cq, index.const))
+                windows.append(Window(d, str(p), cp, str(q), cq, index.const))
     if len(windows) != 2:
         return
-    window_sums = {v[3] for v in windows}
-    channels = [s for s in inner.sums if s[0] not in window_sums]
-    positions = {v[1] for v in windows}
+    taps = {window.tap for window in windows}
+    channels = [s for s in inner.sums if s[0] not in taps]
+    positions = {window.loop for window in windows}
     batch = [v for v in inner.loops if v[0] in names[0] and v[0] not in positions and v[0] not in names[1]]
     features = [v for v in inner.loops if v[0] in names[1] and v[0] not in names[0]]
     if len(batch) + len(features) + 2 != len(inner.loops) or not channels or not features:
@@ -182,11 +183,37 @@ def match_conv(scope: Scope, tag: str) -> Iterator[tuple[str, Scope]]:
     yield from _conv(scope, inner, pair, windows, batch, features, channels, tag)
 
 
+class Window(NamedTuple):
+    """A dimension of the image that is read at loop * stride + tap * dilation + const."""
+
+    dim: int
+    loop: str
+    stride: int
+    tap: str
+    dilation: int
+    const: int
+
+    def fitted(self, size: int, ranges: Mapping[str, tuple[int, int]]) -> tuple[int, int, Affine] | None:
+        """(positions, padding, where the loop is among them) of a convolution over `size` elements; None where there is none."""
+        (low, high), (first, taps) = ranges[self.loop], ranges[self.tap]
+        start = low * self.stride + self.const  # the first element that the first window reads
+        if first != 0 or start > 0:
+            return None
+        last = (high - 1) * self.stride + self.const + (taps - 1) * self.dilation
+        before, after = -start, max(0, last - size + 1)
+        pad = max(before, after) if (max(before, after) - before) % self.stride == 0 else before
+        positions = (size + 2 * pad - self.dilation * (taps - 1) - 1) // self.stride + 1
+        shift = (pad - before) // self.stride
+        if pad < after or positions < shift + high - low:
+            return None
+        return positions, pad, it(self.loop) - low + shift
+
+
 def _conv(
     scope: Scope,
     inner: Scope,
     pair: Operands,
-    windows: list,
+    windows: list[Window],
     batch: list[Loop],
     features: list[Loop],
     channels: list[Loop],
@@ -195,62 +222,53 @@ def _conv(
     x, w = pair
     thing = x.object
     assert isinstance(thing, Tensor)
-    ranges = inner.ranges
-    for d, index in enumerate(x.index):
-        if d not in [v[0] for v in windows] and (
-            not index.plain or len(index.terms) > 1 or index.const or any(c != 1 for _, c in index.terms)
-        ):
-            return
-    (dh, h, sh, r, lh, ch), (dw, ww, sw, s, lw, cw) = windows
-    sizes, pads, shifts = [], [], []
-    for d, p, stride, q, dilation, const in windows:
-        (pa, pb), (qa, qb) = ranges[p], ranges[q]
-        if qa != 0:
-            return
-        start = pa * stride + const  # the first element that the first window reads
-        stop = (pb - 1) * stride + const + (qb - 1) * dilation
-        low, high = max(0, -start), max(0, stop - thing.shape[d] + 1)
-        if start > 0:
-            return
-        pad = max(low, high) if (max(low, high) - low) % stride == 0 else low
-        if pad < high:
-            return
-        full = (thing.shape[d] + 2 * pad - dilation * (qb - 1) - 1) // stride + 1
-        shift = (pad - low) // stride
-        if full < shift + pb - pa:
-            return
-        sizes.append(full)
-        pads.append(pad)
-        shifts.append(it(p) - pa + shift)
-    window = [next(v for v in inner.sums if v[0] == q) for q in (r, s)]
-    plain = Read(replace(thing, pads=()), tuple(it(f"x{d}") for d in range(len(thing.shape))))
+    down, across = windows
+    plain = [(d, index) for d, index in enumerate(x.index) if d not in (down.dim, across.dim)]
+    if any(not i.plain or len(i.terms) > 1 or i.const or any(c != 1 for _, c in i.terms) for _, i in plain):
+        return
+    rows, columns = (window.fitted(thing.shape[window.dim], inner.ranges) for window in windows)
+    if rows is None or columns is None:
+        return
+    (height, pad_h, at_h), (width, pad_w, at_w) = rows, columns
     dims = [(f"x{d}", 0, size) for d, size in enumerate(thing.shape)]
-    by_name = {next(iter(i.iterators)): dims[d] for d, i in enumerate(x.index) if len(i.terms) == 1}
-    try:
-        n_dims = [by_name[v[0]] for v in batch]
-        c_dims = [by_name[v[0]] for v in channels]
-    except KeyError:
+    by_name = {next(iter(i.iterators)): dims[d] for d, i in plain if i.terms}
+    if any(dim[2] != inner.ranges[name][1] for name, dim in by_name.items()):
         return
-    if any(dims[d][2] != ranges[next(iter(i.iterators))][1] for d, i in enumerate(x.index) if len(i.terms) == 1):
+    if any(v[0] not in by_name for v in (*batch, *channels)):
         return
-    left, _ = relayout(plain, [("fn", n_dims), ("fh", [dims[dh]]), ("fw", [dims[dw]]), ("fc", c_dims)], f"{tag}l")
-    right, _ = relayout(w, [("ff", features), ("fc", channels), ("fr", [window[0]]), ("fs", [window[1]])], f"{tag}r")
-    n, f, c = length(batch), length(features), length(channels)
-    padded = replace(left, pads=(0, pads[0] + sh, pads[1] + sw, 0))
-    at_h = it("fh") * sh + it("fr") * lh - pads[0]
-    at_w = it("fw") * sw + it("fs") * lw - pads[1]
-    product = Call(
-        "mul", (Read(padded, (it("fn"), at_h, at_w, it("fc"))), Read(right, (it("ff"), it("fc"), it("fr"), it("fs"))))
+    image = Read(replace(thing, pads=()), tuple(it(name) for name, _, _ in dims))
+    n_dims, c_dims = ([by_name[v[0]] for v in loops] for loops in (batch, channels))
+    groups = [("fn", n_dims), ("fh", [dims[down.dim]]), ("fw", [dims[across.dim]]), ("fc", c_dims)]
+    left, _ = relayout(image, groups, f"{tag}l")
+    taps = [next(v for v in inner.sums if v[0] == window.tap) for window in windows]
+    right, _ = relayout(w, [("ff", features), ("fc", channels), ("fr", [taps[0]]), ("fs", [taps[1]])], f"{tag}r")
+    expr = _convolution(left, right, (down, across), (pad_h, pad_w), (length(batch), height, width))
+    args = (
+        ("stride", (down.stride, across.stride)),
+        ("padding", (pad_h, pad_w)),
+        ("dilation", (down.dilation, across.dilation)),
     )
-    expr = Scope(
-        (("fn", 0, n), ("fh", 0, sizes[0]), ("fw", 0, sizes[1]), ("ff", 0, f)),
-        (("fc", 0, c), ("fr", 0, window[0][2]), ("fs", 0, window[1][2])),
-        product,
-    )
-    args = (("stride", (sh, sw)), ("padding", tuple(pads)), ("dilation", (lh, lw)))
     result = Tensor(f"{tag}o", expr.shape, (), Routine("conv", expr, (left, right), args))
-    place = (flat(batch), shifts[0], shifts[1], flat(features))
+    place = (flat(batch), at_h, at_w, flat(features))
     yield (
-        f"8 conv {window[0][2]}x{window[1][2]} of {c} into {f} channels",
+        f"8 conv {taps[0][2]}x{taps[1][2]} of {length(channels)} into {length(features)} channels",
         with_innermost(scope, Scope(inner.loops, (), Read(result, place), inner.pads)),
+    )
+
+
+def _convolution(
+    left: Tensor, right: Tensor, windows: tuple[Window, Window], pads: tuple[int, int], sizes: tuple[int, int, int]
+) -> Scope:
+    """What the library computes of an image [n, h, w, c] and filters [f, c, r, s]."""
+    down, across = windows
+    padded = replace(left, pads=(0, pads[0] + down.stride, pads[1] + across.stride, 0))
+    at_h = it("fh") * down.stride + it("fr") * down.dilation - pads[0]
+    at_w = it("fw") * across.stride + it("fs") * across.dilation - pads[1]
+    image = Read(padded, (it("fn"), at_h, at_w, it("fc")))
+    filters = Read(right, (it("ff"), it("fc"), it("fr"), it("fs")))
+    features, channels, rows, columns = right.shape
+    return Scope(
+        (("fn", 0, sizes[0]), ("fh", 0, sizes[1]), ("fw", 0, sizes[2]), ("ff", 0, features)),
+        (("fc", 0, channels), ("fr", 0, rows), ("fs", 0, columns)),
+        Call("mul", (image, filters)),
     )

@@ -92,7 +92,7 @@ class Plan:
                 Step(
                     tensor.name,
                     "conv",
-                    _conv(args, weight, routine.expr.shape),
+                    _conv(args, weight),
                     (left,) if weight is not None else (left, right),
                 )
             )
@@ -155,7 +155,7 @@ def widen(scope: Scope, constants: frozenset[str]) -> Scope:
     return replace(scope, body=ex.map_reads(scope.body, visit))
 
 
-def _conv(args: Mapping, weight: Tensor | None, shape: tuple[int, ...]) -> Callable[..., Tensor]:
+def _conv(args: Mapping, weight: Tensor | None) -> Callable[..., Tensor]:
     stride, padding, dilation = args["stride"], args["padding"], args["dilation"]
 
     def run(x_nhwc: Tensor, w: Tensor | None = None) -> Tensor:

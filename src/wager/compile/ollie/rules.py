@@ -81,21 +81,6 @@ def split_sum(scope: Scope) -> Iterator[Step]:
                 yield f"1 split {name} by {k}", with_innermost(scope, new)
 
 
-def split_loop(scope: Scope, k: int = 4) -> Iterator[Step]:
-    """1 on loops: the inner stage loops over (x1, x2), the outer one reads it at (x//k, x%k), so the layout stays."""
-    inner = stages(scope)[-1]
-    for at, (name, low, high) in enumerate(inner.loops):
-        if low != 0 or (high - low) % k or high - low <= k:
-            continue
-        a, b = fresh(scope, 2)
-        loops = (*inner.loops[:at], (a, 0, (high - low) // k), (b, 0, k), *inner.loops[at + 1 :])
-        new = Scope(loops, inner.sums, substitute(inner.body, {name: it(a) * k + it(b)}))
-        index: list[Affine] = []
-        for n, _, _ in inner.loops:
-            index += [floordiv(it(n), k), remainder(it(n), k)] if n == name else [it(n)]
-        yield f"1 split loop {name} by {k}", wrap(scope, new, index)
-
-
 def merge_variables(scope: Scope) -> Iterator[Step]:
     """2: two loops that occur in one dimension of one tensor as x + s*y."""
     inner = stages(scope)[-1]

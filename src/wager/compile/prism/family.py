@@ -9,7 +9,7 @@ from itertools import product
 
 from wager.compile.mirage.generate import Structure
 from wager.compile.prism.mapping import Mapping
-from wager.graph.lower.cpp import arena_bytes
+from wager.graph.lower.tiles import arena_bytes
 from wager.graph.operators import Shape, ShapeError
 from wager.graph.program import BlockBuilder, BlockGraph, Builder, Program, check
 from wager.graph.verify.family import prove

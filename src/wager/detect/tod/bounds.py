@@ -45,10 +45,3 @@ def bound(approximate_RC: Tensor, reach_RC: Tensor, features: int, precision: st
     step = u * reach_RC + underflow
     root = (approximate_RC.clamp(min=0) + noise * reach_RC**2).sqrt() + 2 * step
     return (2 * root * step + step**2 + noise * reach_RC**2) * (1 + 2.0**-20) + 2.0**-126
-
-
-def published_bound(features: int, largest: float, roundoff: float) -> float:
-    """The bound of the TOD paper for pairwise summation: 4 d M^2 ((1 + eps)^(log2 d + 2) - 1), with eps the roundoff in use and M = max|x|."""
-    from math import log2
-
-    return 4 * features * largest**2 * ((1 + roundoff) ** (log2(max(features, 2)) + 2) - 1)

@@ -82,9 +82,14 @@ def angles(execution: Execution, x_ND: np.ndarray, found: Neighbors) -> np.ndarr
 
 def angle_variance(query_RD: np.ndarray, base_ND: np.ndarray, index_RK: np.ndarray) -> np.ndarray:
     """`angles` for any rows. No angle can be formed with a point equal to the row; without any angle the variance is 0."""
+    return _of_neighbors("wager_angle_variance", query_RD, base_ND, index_RK)
+
+
+def _of_neighbors(function: str, query_RD: np.ndarray, base_ND: np.ndarray, index_RK: np.ndarray) -> np.ndarray:
+    """One number for each row from its neighbours, by a native function."""
     out = np.empty(len(query_RD))
     index = np.ascontiguousarray(index_RK)
-    native.call("wager_angle_variance", query_RD, base_ND, index, *index.shape, base_ND.shape[1], out)
+    native.call(function, query_RD, base_ND, index, *index.shape, base_ND.shape[1], out)
     return out
 
 
@@ -100,10 +105,7 @@ def chains(execution: Execution, x_ND: np.ndarray, found: Neighbors) -> np.ndarr
 
 
 def chaining(query_RD: np.ndarray, base_ND: np.ndarray, index_RK: np.ndarray) -> np.ndarray:
-    out = np.empty(len(query_RD))
-    index = np.ascontiguousarray(index_RK)
-    native.call("wager_chaining", query_RD, base_ND, index, *index.shape, base_ND.shape[1], out)
-    return out
+    return _of_neighbors("wager_chaining", query_RD, base_ND, index_RK)
 
 
 @operator("chain_ratio", bytes=lambda n, d: 0, made_of="gather, sum")

@@ -175,11 +175,14 @@ class _Emitter:
     def _bind_output(self, i: int) -> None:
         node, block = self.block.nodes[i], self.block
         whole = block.output_shape(node)
-        index = [n for n, o in enumerate(block.nodes) if o.op == "output"].index(i)
+        index = self._output_index(i)
         steps = ordered_strides(whole, self.layout.results[index])
         offset = [t for d, size in enumerate(whole) for t in self._cuts(node["omap"], d, size, steps[d])]
         self.emit(f"float* t{i} = out[{index}]{''.join(' + ' + o for o in offset)};")
         self.views[i] = View(f"t{i}", steps)
+
+    def _output_index(self, i: int) -> int:
+        return sum(node.op == "output" for node in self.block.nodes[:i])
 
     def _address(self, view: View, at: Sequence[str], shape: Shape | None = None) -> str:
         if shape is not None:
@@ -272,7 +275,7 @@ class _Emitter:
         node = self.block.nodes[i]
         shape = self.block.nodes[node.inputs[0]].shape
         dim = node.get("dim", -1) % len(shape)
-        near = reading_order(self.tiles, i)
+        near = self.tiles.reading_order(i)
         along = dim if near == dim else near
         outer = [d for d in range(len(shape)) if d not in (dim, along)]
         for d in outer:
@@ -357,34 +360,11 @@ class _Emitter:
 
     def _save(self, i: int) -> None:
         node = self.block.nodes[i]
-        index = [n for n, o in enumerate(self.block.nodes) if o.op == "output"].index(i)
         self._loop(
             node.shape,
-            self.layout.results[index],
+            self.layout.results[self._output_index(i)],
             lambda at: f"{self._address(self.views[i], at)} = {self._operand(node.inputs[0], at)};",
         )
-
-
-def reading_order(tiles: Tiles, i: int) -> int:
-    """The dimension along which what node `i` reads lies side by side: that of its largest operand."""
-    nodes, rank = tiles.block.nodes, len(tiles.block.nodes[i].shape)
-    largest = max(tiles.leaves(i), key=lambda j: math.prod(nodes[j].shape))
-    near = inner_dim(tiles, largest) + rank - len(nodes[largest].shape)
-    return near if nodes[tiles.block.nodes[i].inputs[0]].shape[near] > 1 else rank - 1
-
-
-def inner_dim(tiles: Tiles, i: int) -> int:
-    """The dimension of stride 1 of a tile: its own where it is stored or packed, its argument's where it is read in place."""
-    node = tiles.block.nodes[i]
-    if node.op == "input" and i not in tiles.layout.copied and node["arg"] not in tiles.packed:
-        return tiles.layout.arguments[node["arg"]][-1]
-    return tiles.layout.inner[i]
-
-
-def panels(block: BlockGraph, packed: Sequence[int], layout: Layout) -> frozenset[int]:
-    """The packed arguments whose tiles are wanted as panels [columns / width, rows, width]."""
-    tiles = Tiles(block, frozenset(packed), layout)
-    return frozenset(n["arg"] for i, n in enumerate(block.nodes) if tiles.panel(i))
 
 
 def block_source(
@@ -395,9 +375,3 @@ def block_source(
     `packed` names the arguments that arrive as contiguous tiles (see `NativeKernel.pack`); without a layout all is row-major.
     """
     return _Emitter(block, arguments, frozenset(packed), name, layout or row_major(block, arguments)).source()
-
-
-def arena_bytes(block: BlockGraph, arguments: Sequence[Shape]) -> int:
-    """The working set of one block: what it stores plus one tile of every input."""
-    _, arena = Tiles(block, frozenset(), row_major(block, arguments)).places()
-    return 4 * (arena + sum(math.prod(n.shape) for n in block.inputs))

@@ -230,15 +230,11 @@ def is_identity(scope: Scope) -> bool:
         total = total + index * step
     for (n, a, _), step in zip(scope.loops, strides(scope.shape), strict=True):
         expected = expected + (it(n) - a) * step
-    return total == expected or _same_affine(total, expected, ranges)
+    return total == expected or recompose(total) == recompose(expected)
 
 
-def _same_affine(a: Affine, b: Affine, ranges: Mapping[str, tuple[int, int]]) -> bool:
+def recompose(x: Affine) -> Affine:
     """x//k*k + x%k = x, applied until nothing changes."""
-    return recompose(a, ranges) == recompose(b, ranges)
-
-
-def recompose(x: Affine, ranges: Mapping[str, tuple[int, int]]) -> Affine:
     changed = True
     while changed:
         changed = False

@@ -11,16 +11,15 @@ operators is minimised exactly; where row-major is already the best of every sin
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 from wager.errors import WagerError
 from wager.graph.lower.code import inner_last, panel_width
-from wager.graph.lower.cpp import Layout, row_major
 from wager.graph.lower.peel import peel
-from wager.graph.lower.tiles import Order, Tiles, product_form
+from wager.graph.lower.tiles import Layout, Order, Tiles, product_form, row_major
 from wager.graph.operators import BINARY, UNARY, Shape
 from wager.graph.program import BlockGraph, Program
 from wager.solve import LinearModel, solve
@@ -76,7 +75,7 @@ def choose(program: Program, constant: Collection[int] = (), arena: int = ARENA_
     problem = state(program, constant, arena)
     first = {site: 0 for site in problem.choices}
     settled = all(rows[tuple(0 for _ in sites)] <= min(rows.values()) for sites, rows in problem.tables)
-    return read(program, problem, first if settled else minimise(problem), constant)
+    return read(program, problem, first if settled else minimise(problem))
 
 
 def minimise(problem: Problem) -> dict[Site, int]:
@@ -329,9 +328,7 @@ def product_cost(m: int, n: int, k: int, near: Sequence[bool], panel: bool) -> f
 # ── from choices to layouts ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read(
-    program: Program, problem: Problem, chosen: dict[Site, int], constant: Collection[int] = ()
-) -> dict[int, Layout]:
+def read(program: Program, problem: Problem, chosen: dict[Site, int]) -> dict[int, Layout]:
     """The layouts that the choices mean."""
     picked = {site: problem.choices[site][at] for site, at in chosen.items()}
     found = {}
@@ -352,10 +349,3 @@ def read(
         moved = frozenset(a for a, c in enumerate(tensors) if c.moved)
         found[position] = Layout(tuple(c.order for c in tensors), results, tuple(inner), frozenset(copied), moved)
     return found
-
-
-def everything(problem: Problem) -> Iterator[dict[Site, int]]:
-    """Every combination of choices (for small problems)."""
-    sites = list(problem.choices)
-    for combination in product(*(range(len(problem.choices[s])) for s in sites)):
-        yield dict(zip(sites, combination, strict=True))

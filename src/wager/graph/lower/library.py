@@ -23,11 +23,11 @@ from torch import Tensor
 from wager.errors import BuildError
 from wager.graph.interpret import cut_tiles
 from wager.graph.lower.code import inner_last, panel_width
-from wager.graph.lower.cpp import HEADERS, block_source, panels
+from wager.graph.lower.cpp import HEADERS, block_source
 from wager.graph.lower.layout import packed_arguments
 from wager.graph.lower.pages import resident
 from wager.graph.lower.peel import peel
-from wager.graph.lower.tiles import Layout, Order, row_major
+from wager.graph.lower.tiles import Layout, Order, panels, row_major
 from wager.graph.operators import Shape
 from wager.graph.program import BlockGraph, Node
 from wager.native import build

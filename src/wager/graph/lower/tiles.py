@@ -126,6 +126,20 @@ class Tiles:
             found += self.leaves(j) if self.inline[j] else [j]
         return found
 
+    def reading_order(self, i: int) -> int:
+        """The dimension along which what node `i` reads lies side by side: that of its largest operand."""
+        nodes, rank = self.block.nodes, len(self.block.nodes[i].shape)
+        largest = max(self.leaves(i), key=lambda j: math.prod(nodes[j].shape))
+        near = self.inner_dim(largest) + rank - len(nodes[largest].shape)
+        return near if nodes[nodes[i].inputs[0]].shape[near] > 1 else rank - 1
+
+    def inner_dim(self, i: int) -> int:
+        """The dimension of stride 1 of a tile: its own where it is stored or packed, its argument's where it is read in place."""
+        node = self.block.nodes[i]
+        if node.op == "input" and i not in self.layout.copied and node["arg"] not in self.packed:
+            return self.layout.arguments[node["arg"]][-1]
+        return self.layout.inner[i]
+
     @cached_property
     def stored(self) -> list[int]:
         """Nodes with a place in the arena."""
@@ -187,6 +201,18 @@ class Tiles:
             if self.inline[user] or self.home(user) != user:
                 uses += self._real_uses(user)
         return uses
+
+
+def panels(block: BlockGraph, packed: Sequence[int], layout: Layout) -> frozenset[int]:
+    """The packed arguments whose tiles are wanted as panels [columns / width, rows, width]."""
+    tiles = Tiles(block, frozenset(packed), layout)
+    return frozenset(n["arg"] for i, n in enumerate(block.nodes) if tiles.panel(i))
+
+
+def arena_bytes(block: BlockGraph, arguments: Sequence[Shape]) -> int:
+    """The working set of one block: what it stores plus one tile of every input."""
+    _, arena = Tiles(block, frozenset(), row_major(block, arguments)).places()
+    return 4 * (arena + sum(math.prod(n.shape) for n in block.inputs))
 
 
 def product_form(m: int, n: int, k: int, near: Sequence[bool], vector: int) -> str:

@@ -136,7 +136,7 @@ def evaluate(program: Program, context: _Context) -> list[Value]:
     return [values[i] for i in program.outputs]
 
 
-def _align(values: Sequence[Value], rank: int, context: _Context) -> tuple[tuple[tuple[Digit, ...], ...], list[Expr]]:
+def _align(values: Sequence[Value], rank: int) -> tuple[tuple[tuple[Digit, ...], ...], list[Expr]]:
     """Renames digits so that broadcast operands share them. Raises Unproved where two dimensions are divided differently."""
     dims: list[tuple[Digit, ...]] = [()] * rank
     for v in values:
@@ -170,7 +170,7 @@ def _apply(node: Node, args: Sequence[Value], context: _Context) -> Value:
     if op == "permute":
         return Value(tuple(args[0].dims[d] for d in attrs["order"]), args[0].expr)
     if op in BINARY:
-        dims, (a, b) = _align(args, len(node.shape), context)
+        dims, (a, b) = _align(args, len(node.shape))
         return Value(dims, _binary(op, a, b, context))
     if op in UNARY:
         return Value(args[0].dims, _unary(op, args[0].expr, attrs, context))
@@ -209,7 +209,7 @@ def _matmul(a: Value, b: Value, context: _Context) -> Value:
     rank = max(len(a.dims), len(b.dims))
     lead_a = Value((*a.dims[:-2], a.dims[-2], (), a.dims[-1]), a.expr)
     lead_b = Value((*b.dims[:-2], (), b.dims[-1], b.dims[-2]), b.expr)
-    dims, (x, y) = _align([lead_a, lead_b], rank + 1, context)
+    dims, (x, y) = _align([lead_a, lead_b], rank + 1)
     contracted = dims[-1]
     return Value(dims[:-1], _bind(_multiply(x, y, context), contracted, context))
 

@@ -11,7 +11,6 @@ shrinking.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -171,8 +170,3 @@ def same(a: Pair, b: Pair) -> bool:
     if a.p.shape != b.p.shape or not np.array_equal(a.p, b.p):
         return False
     return a.q is None or b.q is None or np.array_equal(a.q, b.q)
-
-
-def trials_for(target: float, one: float) -> float:
-    """How many trials bring the bound below `target`."""
-    return math.inf if one >= 1 else math.ceil(math.log(target) / math.log(one))

@@ -113,7 +113,6 @@ class FloatVerdict:
 
     equal: bool
     worst: float
-    largest_difference: float
 
     def __bool__(self) -> bool:
         return self.equal
@@ -160,12 +159,11 @@ def memory_needed(program: Program) -> int:
 
 def judge(wanted: Sequence[Rounded], outputs: Sequence[np.ndarray], slack: float = 2.0) -> FloatVerdict:
     """Whether `outputs` lie within `slack` error bounds of what is `wanted`."""
-    worst = difference = 0.0
+    worst = 0.0
     for want, got in zip(wanted, outputs, strict=True):
         if not np.all(np.isfinite(got)) or got.shape != want.shape:
-            return FloatVerdict(False, np.inf, np.inf)
+            return FloatVerdict(False, np.inf)
         gap = np.abs(np.asarray(got, dtype=np.float64) - want.value)
         bound = slack * (want.error + 1e-37)
         worst = max(worst, float((gap / bound).max(initial=0)))
-        difference = max(difference, float(gap.max(initial=0)))
-    return FloatVerdict(worst <= 1, worst, difference)
+    return FloatVerdict(worst <= 1, worst)

@@ -102,7 +102,7 @@ def _tie_program(which: int, program: Program, sizes: _Sizes, originals: dict[Ke
         _declare((which, i), node.shape, sizes, originals)
         if node.op == "kernel":
             assert node.block is not None
-            _tie_block((which, i), node, program, sizes, originals)
+            _tie_block((which, i), node, sizes, originals)
         elif node.op == "result":
             block = program.nodes[node.inputs[0]].block
             assert block is not None
@@ -116,7 +116,7 @@ def _tie_program(which: int, program: Program, sizes: _Sizes, originals: dict[Ke
             _tie_operator(node, (which, i), [(which, j) for j in node.inputs], [shapes[j] for j in node.inputs], sizes)
 
 
-def _tie_block(owner: tuple[int, int], node: Node, program: Program, sizes: _Sizes, originals: dict[Key, int]) -> None:
+def _tie_block(owner: tuple[int, int], node: Node, sizes: _Sizes, originals: dict[Key, int]) -> None:
     block = node.block
     assert block is not None
     for i, inner in enumerate(block.nodes):

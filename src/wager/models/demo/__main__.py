@@ -19,11 +19,12 @@ import torch
 import typer
 
 from wager.models import demo as shipped
-from wager.models.demo.clocked import STAGES, Place, Plan, run
+from wager.models.demo.clocked import STAGES, run
 from wager.models.demo.corpus import documents
 from wager.models.demo.dataset import write_streams
 from wager.models.demo.evaluate import evaluate_pair, format_table
 from wager.models.demo.export import save_description
+from wager.models.demo.timed import Place, Plan
 from wager.models.demo.tokenizer import train_tokenizer
 from wager.models.demo.train import Recipe, train
 

@@ -20,7 +20,8 @@ from wager.serve.llm import AsyncLLM
 from wager.serve.outputs import CompletionOutput, RequestOutput
 from wager.serve.params import SamplingParams
 from wager.serve.text.reasoning import ReasoningStream, reasoning_stream
-from wager.serve.text.tools import MAX_FORCED_CALLS, ToolStream, forced_constraint, forced_stream, tool_stream
+from wager.serve.text.tool_streams import ToolStream
+from wager.serve.text.tools import MAX_FORCED_CALLS, forced_constraint, forced_stream, tool_stream
 
 router = APIRouter()
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-VERSION_PREFIX = "/v1"
-
 
 @dataclass(frozen=True)
 class ServerSettings:

@@ -229,10 +229,6 @@ class Stage:
         return source
 
     @property
-    def is_first(self) -> bool:
-        return self.spec.first == 0
-
-    @property
     def is_last(self) -> bool:
         return self.spec.last == self.num_layers
 

@@ -1,4 +1,4 @@
-"""Counted suffix trees over growing token sequences, in C++ (`cpp/suffix_tree.cpp`), as Python objects.
+"""Counted suffix trees over growing token sequences, in C++ (`cpp/suffix_tree.h`), as Python objects.
 
 Appending a token costs O(depth), proposing O(depth) plus the tokens read, removing a sequence O(its length times depth). Nothing here is
 thread-safe: a tree and everything that looks at it belong to one thread. (Source: SuffixDecoding, arXiv 2411.04975.)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from wager.serve.params import SamplingParams
+from wager.serve.text.overlap import overlap
 from wager.serve.text.tokenizer import Tokenizer
 
 WINDOW = 6  # prompt tokens that give the first output token its context
@@ -89,18 +90,13 @@ class StopFinder:
             shown = self._held[: at + len(stop)] if self._include else self._held[:at]
             self._held = ""
             return shown, stop
-        keep = max(self._overlap(stop) for stop in self._stops)
+        keep = max(overlap(self._held, stop) for stop in self._stops)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return shown, None
 
     def finish(self) -> str:
         shown, self._held = self._held, ""
         return shown
-
-    def _overlap(self, stop: str) -> int:
-        """Longest end of the held text that is a proper beginning of the stop string."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
 class Detokenizer:

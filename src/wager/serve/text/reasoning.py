@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wager.errors import UsageError
+from wager.serve.text.overlap import overlap
 
 OPEN, CLOSE = "<think>", "</think>"
 PARSERS = ("deepseek_r1", "qwen3")
@@ -37,8 +38,7 @@ class ReasoningStream:
         if self._thinking:
             at = self._pending.find(CLOSE)
             if at < 0:
-                keep = next((n for n in range(len(CLOSE) - 1, 0, -1) if self._pending.endswith(CLOSE[:n])), 0)
-                cut = len(self._pending) - keep
+                cut = len(self._pending) - overlap(self._pending, CLOSE)
                 reasoning, self._pending = self._pending[:cut], self._pending[cut:]
                 return Split(reasoning, "")
             reasoning, self._pending = self._pending[:at], self._pending[at + len(CLOSE) :]
@@ -61,9 +61,3 @@ def reasoning_stream(parser: str, prompt: str) -> ReasoningStream:
             f"reasoning parser {parser!r} is unknown; use one of {', '.join(PARSERS)}", param="reasoning_parser"
         )
     return ReasoningStream(opened=prompt.rstrip().endswith(OPEN))
-
-
-def split_reasoning(stream: ReasoningStream, text: str) -> Split:
-    """Both parts of a whole answer."""
-    first, last = stream.push(text), stream.finish()
-    return Split(first.reasoning + last.reasoning, first.content + last.content)

@@ -29,7 +29,6 @@ class Tokenizer:
         self.eos_token_ids = eos
         self.template = template
         self.bos_token_id = self._id_of("bos_token")
-        self.pad_token_id = self._id_of("pad_token")
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._added = {i: token.content for i, token in added.items()}
