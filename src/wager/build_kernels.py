@@ -2,7 +2,8 @@
 
 Without --out the libraries go to the cache, where first use would have put them. With --out they go to a directory that WAGER_PREBUILT can
 name later, on this machine or on others of the same sources, also where there is no compiler. avx512 means the instructions that all such
-processors have: a build for `native` also uses the integer and bfloat16 dot products that some of them add.
+processors have: a build for `native` also uses the integer and bfloat16 dot products that some of them add. amx means those of the first
+processors with AMX, dot products included.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _group() -> None: ...
 
 @app.command("build-kernels")
 def build_kernels(
-    isa: Annotated[str, typer.Option(help="native, avx512, avx2 or baseline")] = "native",
+    isa: Annotated[str, typer.Option(help="native, amx, avx512, avx2 or baseline")] = "native",
     out: Annotated[Path | None, typer.Option(help="a directory for WAGER_PREBUILT; default: the cache")] = None,
 ) -> None:
     """Compile every C++ unit now, for this machine or a named instruction set."""

@@ -182,11 +182,11 @@ def check_kernels() -> list[Finding]:
 
 def dot_products() -> str:
     """How linears multiply here."""
-    from wager.kernels.native import march
+    from wager.kernels.native import MARCH, TILE_ROWS, TILED, march, no_tiles
 
     flags, level = processor()[0], march()
-    wide = level in ("native", "x86-64-v4") and "avx512bw" in flags
-    if wide and level == "native":
+    wide = level in (*TILED, MARCH["avx512"]) and "avx512bw" in flags
+    if wide and level in TILED:
         integer = "vpdpbusd" if "avx512_vnni" in flags else "vpmaddwd"
         pairs = "vdpbf16ps" if "avx512_bf16" in flags else "bfloat16 widened to float32"
     else:
@@ -198,8 +198,9 @@ def dot_products() -> str:
             else "plain C++"
         )
         pairs = "bfloat16 widened to float32"
-    tiles = "; this processor has AMX, for which no form is built: AVX-512 serves" if "amx_tile" in flags else ""
-    return f"int8 by {integer}, {pairs}{tiles}"
+    reason = no_tiles()
+    tiles = f"; AMX is not used: {reason}" if "amx_tile" in flags else ""
+    return f"int8 by {integer}, {pairs}{tiles if reason else f'; from {TILE_ROWS} rows on by AMX: tdpbsud, tdpbf16ps'}"
 
 
 CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (

@@ -17,11 +17,10 @@ ROOT = HERE.parents[1]
 
 
 @pytest.mark.skipif(choice().form != "native", reason="native kernels cannot be built here")
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["amx", "avx512", "avx2", "baseline"])
 def test_kernels_of_other_instruction_sets(isa):
-    needed = {"avx512": "avx512bw", "avx2": "avx2"}.get(isa)
-    if needed and needed not in build.cpu_flags().split():
-        pytest.skip(f"this processor has no {needed}")
+    if not build.runs_here(isa):
+        pytest.skip(f"this processor does not run {isa}")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
          "--override-ini=addopts=--import-mode=importlib", str(HERE / "test_native.py"), str(HERE / "test_quantized.py")],

@@ -57,6 +57,7 @@ def machine() -> dict:
         "cpu": processor_name(),
         "cores": usable_cores(),
         "isa": build.isa(),
+        "amx": (build.no_tiles() or "usable") if "amx_tile" in build.cpu_flags().split() else None,
         "l3_cache_bytes": last_cache_bytes(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.machine()}",

@@ -49,6 +49,14 @@ SOURCES = [
     )  # fmt: skip
 ]
 MARCH = build.LEVELS
+TILED = (MARCH["native"], MARCH["amx"])
+# Fewest rows that go by AMX tiles. An argument, not a measurement: by vectors a core spends R cycles on R rows and a line of bfloat16 weights, so
+# 8 rows at 3 GHz use 24 GB/s, about what memory gives a core; more of them would wait for arithmetic, and a tile takes 16 at once.
+TILE_ROWS = 9
+NO_TILES = {  # by what wager_use_tiles returns
+    0: "the library was built without them: g++ knows them from version 11 on, clang++ from 12",
+    -1: "this processor's TDPBF16PS sums otherwise than its manual says, so that a token's bits would depend on its batch",
+}
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 POOL_SUFFIX = {**SUFFIX, torch.float8_e4m3fn: "fp8"}
 LINEAR_SUFFIX = {**SUFFIX, torch.float16: "f16"}
@@ -128,9 +136,11 @@ def march() -> str:
     wanted = os.environ.get("WAGER_ISA") or "native"
     if wanted not in MARCH:
         raise UsageError(f"WAGER_ISA={wanted!r} is unknown; use one of {', '.join(MARCH)}")
-    needed = {"avx512": "avx512bw", "avx2": "avx2"}.get(wanted)
-    if needed and needed not in build.cpu_flags().split():
-        raise UsageError(f"WAGER_ISA={wanted} needs a processor with {needed}, which this one lacks; unset it")
+    lacking = build.NEEDS.get(wanted, set()) - set(build.cpu_flags().split())
+    if lacking:
+        raise UsageError(f"WAGER_ISA={wanted} needs a processor with {' '.join(sorted(lacking))}; unset it")
+    if wanted == "amx" and (reason := build.no_tiles()):
+        raise UsageError(f"WAGER_ISA=amx cannot be had: {reason}; unset it")
     return MARCH[wanted]
 
 
@@ -141,9 +151,20 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, None
+    lib.wager_use_tiles.argtypes, lib.wager_use_tiles.restype = (_I,), _I
     lib.wager_pack_wide_f32.restype = lib.wager_pack_wide_bf16.restype = _L
     lib.wager_stream_read.argtypes, lib.wager_stream_read.restype = (_P, _L, _I), ctypes.c_double
+    if march() in TILED and build.no_tiles() is None:
+        lib.wager_use_tiles(TILE_ROWS)
     return lib
+
+
+@cache
+def no_tiles() -> str | None:
+    """Why linears of many rows do without AMX tiles; None when they use them. Raises BuildError."""
+    if march() not in TILED:
+        return f"WAGER_ISA={os.environ['WAGER_ISA']} is without them"
+    return build.no_tiles() or NO_TILES.get(library().wager_use_tiles(TILE_ROWS))
 
 
 def serves(*tensors: Tensor) -> bool:

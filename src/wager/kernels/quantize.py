@@ -149,7 +149,7 @@ def check_mode(mode: str) -> None:
 
 def step_of(mode: str) -> int:
     """Inputs are padded to a multiple of this."""
-    return {"int8": 1, "w16a16": 2, "w8a8": 64, "int16": WIDE_GROUP}.get(mode, GROUP)
+    return {"int8": 1, "w16a16": GROUP, "w8a8": 64, "int16": WIDE_GROUP}.get(mode, GROUP)
 
 
 def quantize(weight_OI: Tensor, mode: str) -> QuantizedWeight:

@@ -25,7 +25,7 @@ from wager.kernels import native, reference
 from wager.kernels.fused import BlockInput, BlockOutput, Norm, block_input, block_output
 from wager.kernels.native_linear import NativeLinear
 from wager.kernels.quantize import QuantizedWeight, check_mode, quantize, round_activations
-from wager.native import build
+from wager.native import amx, build
 
 __all__ = [
     "BlockInput", "BlockOutput", "Choice", "Norm", "apply_rope", "block_input", "block_output", "choice", "embedding", "gelu_tanh_mul",
@@ -64,8 +64,12 @@ def choice() -> Choice:
             raise
         log.warning("native kernels are off, the slower torch reference serves: %s", error)
         return Choice("reference", str(error))
+    reason = native.no_tiles()
+    if reason and set(amx.FEATURES) <= set(build.cpu_flags().split()) and native.march() in native.TILED:
+        log.warning("this processor has AMX but linears do without it, AVX-512 serves: %s", reason)
     how = "forced by WAGER_KERNELS" if forced == "native" else "built with the system compiler"
-    return Choice("native", f"{how} for {os.environ.get('WAGER_ISA') or build.isa()}")
+    tiles = "" if reason else " with AMX tiles"
+    return Choice("native", f"{how} for {os.environ.get('WAGER_ISA') or build.isa()}{tiles}")
 
 
 @cache
@@ -162,6 +166,7 @@ def usual_mode(dtype: torch.dtype, device: torch.device) -> str | None:
     """
     paired = "avx512_bf16" in build.cpu_flags().split() and os.environ.get("WAGER_ISA", "avx512") in (
         "avx512",
+        "amx",
         "native",
     )
     if dtype == torch.bfloat16 and device.type == "cpu" and paired and choice().form == "native":

@@ -20,14 +20,21 @@ from functools import cache
 from pathlib import Path
 
 from wager.errors import BuildError
+from wager.native import amx
 
 LEVELS = {
     "native": "native",
+    "amx": "sapphirerapids",
     "avx512": "x86-64-v4",
     "avx2": "x86-64-v3",
     "baseline": "x86-64",
 }  # name to the compiler's -march
-NEEDS = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}, "avx2": {"avx2", "fma", "bmi2", "f16c"}}
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
+NEEDS = {
+    "amx": {*amx.FEATURES, *_AVX512, "avx512_vnni", "avx512_bf16", "avx512_fp16"},
+    "avx512": _AVX512,
+    "avx2": {"avx2", "fma", "bmi2", "f16c"},
+}
 BASE_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-pthread", "-fopenmp")
 COMPILE_LIMIT_S = 1800  # of one source; minutes even where other work leaves the compiler a tenth of a core
 
@@ -72,8 +79,15 @@ def prebuild(name: str, sources: Sequence[Path], level: str, directory: Path) ->
 
 
 def runs_here(level: str) -> bool:
-    """Whether this processor has the instructions of a level."""
-    return NEEDS.get(level, set()) <= set(cpu_flags().split())
+    """Whether this processor has the instructions of a level, and the kernel lets this process use them."""
+    return NEEDS.get(level, set()) <= set(cpu_flags().split()) and (level != "amx" or no_tiles() is None)
+
+
+def no_tiles() -> str | None:
+    """Why this process cannot use AMX tiles; None when it can."""
+    if not set(amx.FEATURES) <= set(cpu_flags().split()):
+        return f"this processor lacks {' '.join(amx.FEATURES)}"
+    return amx.refusal()
 
 
 def _prebuilt(name: str, sources: Sequence[Path], flags: Sequence[str], march: str) -> Path | None:

@@ -13,6 +13,7 @@
 #include "activations.h"
 #include "formats.h"
 #include "linear.h"
+#include "linear_amx.h"
 #include "linear_tiles.h"
 #include "pool.h"
 
@@ -24,13 +25,9 @@ constexpr long CLAIM_BYTES = WAGER_CLAIM_BYTES;  // weights worth claiming at on
 constexpr long BLOCK = 64;                       // inputs that stay together: the largest group
 constexpr long ROWS_IN_CACHE = 96;               // of a slice, for the second cache
 constexpr int WIDE = 128;                        // outputs of a unit when there are many rows
-
-// Few rows are one tile, many are tiles of nearly the same size, at most MANY.
-template <typename K>
-struct Tiles {
-    long rows, count = rows <= MR ? 1 : (rows + K::MANY - 1) / K::MANY, largest = (rows + count - 1) / count;
-    long begin(long t) const { return rows * t / count; }
-};
+#ifdef WAGER_TILES
+static long tile_rows = 0;  // fewest rows that go by tiles; 0: none do
+#endif
 
 // All rows of the `count` times P panels that begin at `panel`, into `out`. `after`: the weights that this thread uses next, or null.
 template <typename K, int P>
@@ -118,6 +115,7 @@ static void units(const Work& work) {
     long chunk = std::max<long>(1, std::min(CLAIM_BYTES / std::max<long>(1, bytes), n / (a.threads * 4)));
     int threads = a.rows * a.inputs * a.outputs > 200000 ? a.threads : 1;
     each(threads, (n + chunk - 1) / chunk, [&](long c) {
+        [[maybe_unused]] const Held<K> held(a.rows);
         for (long u = c * chunk, end = std::min(n, u + chunk); u < end; u++) {
             long next = u + 1 < end ? u + 1 : std::min(n - 1, (c + threads) * chunk);  // others claim the chunks in between
             unit<K, P>(work, u * per_unit, per_unit == P ? P : std::min(per_unit, panels - u * per_unit), next * per_unit);
@@ -125,7 +123,14 @@ static void units(const Work& work) {
     });
 }
 
-// `rows` rows of `steps` elements each, side by side: to[k * rows + r].
+// `rows` rows of `steps` elements each, side by side in lines of LENGTH elements.
+template <int LENGTH>
+static void lines(const element* from, long rows, long steps, element* to) {
+    for (long k = 0; k < steps; k += LENGTH)
+        for (long r = 0; r < rows; r++, to += LENGTH) std::memcpy(to, from + r * steps + k, LENGTH * sizeof(element));
+}
+
+// The same in lines of one: to[k * rows + r].
 template <int... R>
 static void side_by_side(const element* from, long rows, long steps, element* to, std::integer_sequence<int, R...>) {
     auto turn = [=](auto count) {
@@ -144,7 +149,7 @@ static void lay_out(Work& work, std::vector<uint32_t>& to, Fill&& fill) {
     const long steps = work.steps, each_step = a.inputs / steps, blocks = (a.inputs + BLOCK - 1) / BLOCK;
     const int threads = a.rows * steps > 1 << 13 ? a.threads : 1;
     const long parts = tiles.count < threads ? threads : 1;
-    to.resize(a.rows * steps);
+    to.resize(a.rows * steps + (LINE<K> > 1 ? LINE<K> : 0));  // a tile register may take a line more
     work.x = to.data();
     each(threads, tiles.count * parts, [&](long i) {
         thread_local std::vector<uint32_t> tile;
@@ -153,7 +158,9 @@ static void lay_out(Work& work, std::vector<uint32_t>& to, Fill&& fill) {
         tile.resize(rows * count / each_step);
         uint32_t* const from = tile.data();
         for (long r = 0; r < rows; r++) fill(row + r, begin, count, from + r * count / each_step);
-        side_by_side(from, rows, count / each_step, to.data() + row * steps + rows * begin / each_step, std::make_integer_sequence<int, MR>{});
+        element* const place = to.data() + row * steps + rows * begin / each_step;
+        if constexpr (LINE<K> > 1) lines<LINE<K>>(from, rows, count / each_step, place);
+        else side_by_side(from, rows, count / each_step, place, std::make_integer_sequence<int, MR>{});
     });
 }
 
@@ -170,7 +177,8 @@ static void group_sums(const Linear& a, std::vector<float>& to) {
 
 template <typename K>
 static void run(const Work& work) {
-    switch (K::panels((int)Tiles<K>{work.a.rows}.largest)) {
+    if constexpr (LINE<K> > 1) return units<K, 2>(work);
+    else switch (K::panels((int)Tiles<K>{work.a.rows}.largest)) {
         case 4: return units<K, 4>(work);
         case 3: return units<K, 3>(work);
         case 2: return units<K, 2>(work);
@@ -189,7 +197,7 @@ static void linear(const Linear& a) {
     run<K>(work);
 }
 
-template <typename F>
+template <typename F, typename K>
 static void integer_linear(const Linear& a) {
     static thread_local std::vector<uint32_t> rows;
     static thread_local std::vector<float> scales;
@@ -199,11 +207,19 @@ static void integer_linear(const Linear& a) {
     float* scale = scales.data();
     int32_t* offset = offsets.data();
     Work work{a, {scale, offset, a.inputs, groups}, nullptr, a.inputs / 4, nullptr};
-    lay_out<Integer<F>>(work, rows, [&](long r, long k, long count, uint32_t* to) {
+    lay_out<K>(work, rows, [&](long r, long k, long count, uint32_t* to) {
         for (long g = k / F::GROUP; g < (k + count) / F::GROUP; g++, to += F::GROUP / 4)
             quantise_group(a.x + r * a.inputs + g * F::GROUP, F::GROUP, F::OFFSET, (int8_t*)to, scale + r * groups + g, offset + r * groups + g);
     });
-    run<Integer<F>>(work);
+    run<K>(work);
+}
+
+template <typename F>
+static void integer_linear(const Linear& a) {
+#ifdef WAGER_TILES
+    if (tile_rows && a.rows >= tile_rows) return integer_linear<F, QuadTiles<F>>(a);
+#endif
+    integer_linear<F, Integer<F>>(a);
 }
 
 static void wide_linear(const Linear& a) {
@@ -220,11 +236,35 @@ static void wide_linear(const Linear& a) {
     run<Wide>(work);
 }
 
+template <typename K>
 static void pair_linear(const Linear& a) {
     static thread_local std::vector<uint32_t> rows;
     Work work{a, {}, nullptr, a.inputs / 2, nullptr};
-    lay_out<Plain<B16>>(work, rows, [&](long r, long k, long count, uint32_t* to) { narrow_n(a.x + r * a.inputs + k, count, (bf16*)to); });
-    run<Plain<B16>>(work);
+    lay_out<K>(work, rows, [&](long r, long k, long count, uint32_t* to) { narrow_n(a.x + r * a.inputs + k, count, (bf16*)to); });
+    run<K>(work);
+}
+
+#ifdef WAGER_TILES
+static void chain_linear(const Linear& a) {
+    static thread_local std::vector<uint32_t> rows;
+    Work work{a, {}, nullptr, a.inputs, nullptr};
+    lay_out<Chains>(work, rows, [&](long r, long k, long count, uint32_t* to) {
+        for (long i = 0; i < count; i++) {
+            bf16 rounded;
+            narrow(a.x[r * a.inputs + k + i], &rounded);
+            ((float*)to)[i] = widen(rounded);
+        }
+    });
+    run<Chains>(work);
+}
+#endif
+
+static void pair_linear(const Linear& a) {
+#ifdef WAGER_TILES
+    if (tile_rows && a.rows >= tile_rows) return pair_linear<PairTiles>(a);
+    if (tile_rows) return chain_linear(a);
+#endif
+    pair_linear<Plain<B16>>(a);
 }
 
 template <typename W>
@@ -266,7 +306,41 @@ static long pack_wide(const W* weight, long outputs, long inputs, char* packed, 
     return broken;
 }
 
+#ifdef WAGER_TILES
+// Whether tiles and Chains give the same bits on numbers of both signs: large rows and outputs, and such whose sums are hardly normal.
+static bool same_bits() {
+    constexpr long ROWS = 39, INPUTS = 96, OUTPUTS = 2 * NR;
+    uint32_t state = 1;
+    auto number = [&](uint32_t exponent, uint32_t spread) {
+        state = state * 1664525u + 1013904223u;
+        return (bf16)((state >> 31) << 15 | (exponent + (state >> 24) % spread) << 7 | ((state >> 16) & 127u));
+    };
+    std::vector<float> x(ROWS * INPUTS), bias(OUTPUTS), y(ROWS * OUTPUTS), alone(ROWS * OUTPUTS);
+    std::vector<bf16> weights((2 + SLACK) * NR * INPUTS);
+    for (long i = 0; i < ROWS * INPUTS; i++) x[i] = widen(number(i / INPUTS % 4 ? 120 : 57, 16));
+    for (long i = 0; i < OUTPUTS * INPUTS; i++) weights[i] = number(i / 2 % NR % 4 ? 120 : 57, 16);
+    for (long o = 0; o < OUTPUTS; o++) bias[o] = widen(number(o % 4 ? 120 : 0, 8));
+    tile_rows = ROWS;
+    Linear a{x.data(), (const char*)weights.data(), bias.data(), nullptr, nullptr, nullptr, y.data(), ROWS, INPUTS, OUTPUTS, 3, 0, 1};
+    wager_linear(&a);
+    a.rows = 1, a.y = alone.data();
+    for (long r = 0; r < ROWS; r++, a.x += INPUTS, a.y += OUTPUTS) wager_linear(&a);
+    return !std::memcmp(y.data(), alone.data(), y.size() * sizeof(float));
+}
+#endif
+
 extern "C" {
+// Has linears of `fewest` rows and more use tiles, none if it is 0; the caller has asked the system. Returns what holds from now on: `fewest`,
+// 0 too where this build is without them, -1: none, because tiles here sum otherwise than Chains.
+int wager_use_tiles([[maybe_unused]] int fewest) {
+#ifdef WAGER_TILES
+    const bool wrong = fewest && !same_bits();
+    tile_rows = wrong ? 0 : fewest;
+    return wrong ? -1 : fewest;
+#else
+    return 0;
+#endif
+}
 void wager_linear(const Linear* a) {
     switch (a->format) {
         case 0: return linear<Plain<F32>>(*a);

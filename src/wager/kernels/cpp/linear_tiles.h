@@ -37,6 +37,21 @@ struct Span {
     long step;
 };
 
+// Few rows are one tile, many are tiles of nearly the same size, at most MANY.
+template <typename K>
+struct Tiles {
+    long rows, count = rows <= MR ? 1 : (rows + K::MANY - 1) / K::MANY, largest = (rows + count - 1) / count;
+    long begin(long t) const { return rows * t / count; }
+};
+
+// Elements of a row that lie side by side, and what a thread holds while it multiplies: one and nothing, but for tile registers (linear_amx.h).
+template <typename K>
+constexpr int LINE = 1;
+template <typename K>
+struct Held {
+    explicit Held(long) {}
+};
+
 constexpr int panels_for(int rows, int sums) {
     int most = sums / (rows * NV);
     return most < 1 ? 1 : most > 4 ? 4 : VL < 16 && most == 3 ? 2 : most;
@@ -101,6 +116,22 @@ struct Plain {
     }
 };
 
+// A group's scales and zero points of a vector of outputs, and what the group's integer sums add to float32 ones.
+template <typename F>
+struct Scaled {
+    vf scale = vf{} + 1.0f, zero{};
+    Scaled(const char* group, int v) {
+        const uint16_t* head = (const uint16_t*)group + v * VL;
+        if (F::HEAD) scale = load_half(head);
+        if (F::ZEROS) zero = load_half(head + NR);
+    }
+    inline vf add(vf acc, vi total, float x_scale, int32_t x_offset) const {
+        vf sum = __builtin_convertvector(total, vf);
+        if (F::ZEROS) sum -= zero * ((float)x_offset * (-1.0f / F::OFFSET));
+        return acc + sum * (scale * x_scale);
+    }
+};
+
 // Integer products of int8 activations, scaled group by group.
 template <typename F>
 struct Integer {
@@ -139,15 +170,11 @@ struct Integer {
             }
             for (int p = 0; p < P; p++)
                 for (int v = 0; v < NV; v++) {
-                    const uint16_t* head = (const uint16_t*)(w + p * panel_bytes) + v * VL;
-                    vf scale = vf{} + 1.0f, zero{};
-                    if (F::HEAD) scale = load_half(head);
-                    if (F::ZEROS) zero = load_half(head + NR);
+                    const Scaled<F> group(w + p * panel_bytes, v);
                     for (int r = 0; r < R; r++) {
                         long at = (s.row + r) * acts.groups + g;
-                        vf sum = __builtin_convertvector(Dot<F::BITS>::finish(part[r][p][v], acts.offsets[at]), vf);
-                        if (F::ZEROS) sum -= zero * ((float)acts.offsets[at] * (-1.0f / F::OFFSET));
-                        acc.at[r][p][v] += sum * (scale * acts.scales[at]);
+                        vi total = Dot<F::BITS>::finish(part[r][p][v], acts.offsets[at]);
+                        acc.at[r][p][v] = group.add(acc.at[r][p][v], total, acts.scales[at], acts.offsets[at]);
                     }
                 }
         }
@@ -252,7 +279,8 @@ struct Weighted {
 // The tile for a number of rows: those whose sums take P panels, and one less, as tiles beside them have.
 template <typename K, int P>
 static void rows_tile(int rows, const Work& work, const Span& span) {
-    switch (rows) {
+    if constexpr (LINE<K> > 1) return K::tile(rows, work, span);
+    else switch (rows) {
 #define CASE(n) \
     case n: if constexpr (K::panels(n) == P || K::panels(n + 1) == P) K::template tile<n, P>(work, span); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
