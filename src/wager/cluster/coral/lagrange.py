@@ -52,9 +52,10 @@ def cheapest(columns: Sequence[Column], wanted: float) -> tuple[float, dict[tupl
         if np.isinf(found):
             return bound, None
     chosen: dict[tuple[int, int], int] = {}
-    for i in np.flatnonzero(counts):
-        key = columns[i].region, columns[i].template
-        chosen[key] = chosen.get(key, 0) + int(counts[i])
+    for column, count in zip(columns, counts.tolist(), strict=True):
+        if count:
+            key = column.region, column.template
+            chosen[key] = chosen.get(key, 0) + count
     return bound, chosen
 
 
