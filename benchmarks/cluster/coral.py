@@ -1,13 +1,14 @@
 """Coral against plans of equal machines: what a plan costs, what it serves when machines are scarce, how long a plan takes.
 
 Pools and costs are in `coral_pools`. The cost of a plan is a sum of prices and exact; only the solve time depends on the machine. Every plan, also
-the baselines', passes `check`. Three settings: as many machines as one likes; stock over ten epochs from published spot availability, one trace per
-region and shape; and scarce stock, where the demands are set so that the stock is a given multiple of what serving them takes. Where a plan cannot
-serve everything, all demands are scaled down alike, the baselines' too: the share served is the goodput. `best_possible` is how much cheaper than
-the best baseline any plan of these templates could be: the baseline's cost over the proven bound. `homo` takes for a model the kind of machine that makes
-its whole plan cheapest; `homo by ratio`, the greedy choice as published, the one with the most requests per dollar, which costs more. `tuned` is a baseline that may also choose how many
-machines its templates have at most, which the published ones do not: the greedy choice of large replicas that serve more than is asked costs them.
-Last, plans of all three serve requests in simulation (`coral_served`).
+the baselines', passes `check`. Settings: as many machines as one likes; the same with the latency budget split as suits each stage best, for Coral and
+baselines alike; stock over ten epochs from published spot availability, one trace per region and shape; and scarce stock, where the demands are set so that
+the stock serves a given multiple of them. `homo` and `cauchy` are greedy by capacity per dollar, as published; `tuned` is the best of all baselines, those in hindsight
+included, each with templates of at most 1, 2, ... machines, which the published ones do not choose. `best_possible` is how much cheaper than the best published
+baseline any plan of these templates could be: the baseline's cost over the proven bound. `fractions` is what the templates with the most tokens per dollar would cost if
+parts of replicas were for rent: no library of these machines' efficiency comes below. Scarce stock is compared by the share of its demand that the worst-served
+model gets, against baselines scaled down alike, and by requests/s of all models, where baselines may also serve the first models in full and the last not at all.
+Last, plans serve requests in simulation (`coral_served`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.cluster import coral_pools as pools
-from benchmarks.cluster import coral_served
-from benchmarks.harness import RESULTS, Report, arguments, format_table, picture_path, say
+from benchmarks.cluster import coral_served, coral_tables
+from benchmarks.harness import RESULTS, Report, arguments, picture_path, say
 from wager.cluster.coral import baselines
 from wager.cluster.coral.allocate import Allocator
 from wager.cluster.coral.market import Allocation, Market, check, reconcile
@@ -35,6 +37,7 @@ from wager.hardware.layer_cost import Roofline
 PLENTY = 1000.0
 START_UP_SHARE = 0.1  # six minutes of start-up, counted as if a machine then ran for an hour
 LIMIT_S = 4.5  # of solving; a bar of 5 s with what comes before and after
+EPOCH_LIMIT_S = 3.5  # with a million columns more comes before and after
 MUCH = 50.0
 
 
@@ -60,44 +63,71 @@ def priced(pool: pools.Pool, libraries: Sequence[Library], stock: np.ndarray | f
     rent = market(pool, stock)
     plan = Allocator(libraries, rent).allocate(time_limit_s=limit_s)
     check(plan, libraries, rent)
-    others = {p: baselines.scaled(libraries, rent, p) for p in baselines.POLICIES}
-    described = baselines.scaled(libraries, rent, baselines.BY_RATIO)
-    for other in (*others.values(), described):
-        check(other, libraries, rent)
     devices_C = np.array([c.count for c in rent.configurations])
     found = {
         "pool": pool.name, "templates": sum(map(len, libraries)), "columns": plan.columns, "usd_per_h": plan.usd_per_h,
         "bound": plan.bound, "gap": plan.gap, "seconds": plan.seconds, "factor": plan.factor, "most_factor": plan.most_factor,
         "requests_per_s": served(plan, libraries, pool.rates), "asked_per_s": sum(pool.rates.values()),
-        "mixed_share": mixed_share(plan, libraries, rent),
+        "mixed_share": mixed_share(plan, libraries, rent), "fractions_usd_per_h": fractions(libraries, rent),
         "devices": int(sum(n * (libraries[d].counts_UC[u] @ devices_C) for (d, _, u), n in plan.running.items())),
         "devices_in_stock": int((rent.stock_RC @ devices_C).sum()),
     }  # fmt: skip
-    for name, other in others.items():
-        first_come = baselines.greedy(libraries, rent, name)
+    rivals = {}
+    for name in baselines.POLICIES:
+        rivals[name] = baselines.scaled(libraries, rent, name), baselines.greedy(libraries, rent, name)
+        for one in rivals[name]:
+            check(one, libraries, rent)
+        scaled, first_come = rivals[name]
         found[name] = {
-            "usd_per_h": other.usd_per_h,
-            "factor": other.factor,
-            "requests_per_s": served(other, libraries, pool.rates),
+            "usd_per_h": scaled.usd_per_h,
+            "factor": scaled.factor,
+            "requests_per_s": served(scaled, libraries, pool.rates),
+            "first_come_factor": first_come.factor,
             "first_come_requests_per_s": served(first_come, libraries, pool.rates),
         }
-    found[baselines.BY_RATIO] = {"usd_per_h": described.usd_per_h, "factor": described.factor}
-    able = [o.usd_per_h for o in others.values() if o.factor >= plan.factor * (1 - 1e-9)]
-    tuned = [o.usd_per_h for o in tuned_baselines(pool, libraries, rent) if o.factor >= plan.factor * (1 - 1e-9)]
-    found["cheaper_than_tuned"] = min(tuned) / plan.usd_per_h if tuned else None
-    found["cheaper_than_best"] = min(able) / plan.usd_per_h if able else None
-    found["best_possible"] = min(able) / plan.bound if able else None
-    found["goodput_over_best"] = plan.factor / max(max(o.factor for o in others.values()), 1e-9)
-    found["never_worse"] = all(o.factor <= plan.factor * (1 + 1e-6) for o in others.values()) and all(
-        cost >= plan.usd_per_h * (1 - 1e-6) for cost in able
-    )
+    tuned = [*(scaled for scaled, _ in rivals.values()), *smaller_baselines(pool, libraries, rent)]
+    found |= compared(plan, found, [rivals[name][0] for name in baselines.PUBLISHED], tuned)
     return found
 
 
-def tuned_baselines(pool: pools.Pool, libraries: Sequence[Library], rent: Market) -> list[Allocation]:
+def compared(plan: Allocation, found: dict, published: Sequence[Allocation], tuned: Sequence[Allocation]) -> dict:
+    """Coral's plan over the best published and the best tuned baseline."""
+
+    def least(others: Sequence[Allocation]) -> float:
+        return min((o.usd_per_h for o in others if o.factor >= plan.factor * (1 - 1e-9)), default=float("nan"))
+
+    def requests(names: Sequence[str]) -> float:
+        return max(max(found[n]["requests_per_s"], found[n]["first_come_requests_per_s"]) for n in names)
+
+    ratios = {
+        "cheaper_than_best": least(published) / plan.usd_per_h,
+        "cheaper_than_tuned": least(tuned) / plan.usd_per_h,
+        "best_possible": least(published) / plan.bound,
+    }
+    return {name: ratio if np.isfinite(ratio) else None for name, ratio in ratios.items()} | {
+        "share_over_best": plan.factor / max(*(o.factor for o in published), 1e-9),
+        "share_over_tuned": plan.factor / max(*(o.factor for o in tuned), 1e-9),
+        "requests_over_best": found["requests_per_s"] / requests(baselines.PUBLISHED),
+        "requests_over_tuned": found["requests_per_s"] / requests(baselines.POLICIES),
+        "never_worse": all(
+            o.factor < plan.factor * (1 - 1e-6) or (o.factor <= plan.factor * (1 + 1e-6) and o.usd_per_h >= plan.usd_per_h * (1 - 1e-6))
+            for o in tuned
+        ),
+    }  # fmt: skip
+
+
+def fractions(libraries: Sequence[Library], rent: Market) -> float:
+    """USD per hour for the demands at the most tokens per dollar of any template in any region."""
+    return sum(
+        lib.demand.tokens_per_s * float(((lib.counts_UC @ rent.price_RC.T).min(1) / lib.rates_U).min())
+        for lib in libraries
+    )
+
+
+def smaller_baselines(pool: pools.Pool, libraries: Sequence[Library], rent: Market) -> list[Allocation]:
     """Every baseline with templates of at most 1, 2, ... machines."""
     found = []
-    for most in range(1, pool.max_nodes + 1):
+    for most in range(1, pool.max_nodes):
         smaller = [restricted(lib, most) for lib in libraries]
         if all(map(len, smaller)):
             found += [baselines.scaled(smaller, rent, p) for p in baselines.POLICIES]
@@ -107,7 +137,7 @@ def tuned_baselines(pool: pools.Pool, libraries: Sequence[Library], rent: Market
 def restricted(library: Library, most: int) -> Library:
     """The templates of at most so many machines."""
     rows = np.flatnonzero(library.counts_UC.sum(1) <= most)
-    return Library(library.demand, library.counts_UC[rows], library.rates_U[rows], library.stages_UN[rows])
+    return library.only(rows)
 
 
 def mixed_share(plan: Allocation, libraries: Sequence[Library], rent: Market) -> float:
@@ -151,11 +181,19 @@ def most(pool: pools.Pool, libraries: Sequence[Library], stock: np.ndarray, data
 def epochs_run(pool: pools.Pool, libraries: Sequence[Library], stock: np.ndarray, share: float) -> dict:
     """Plan again each epoch with what runs; seconds, started machines, money, and what the baselines would cost."""
     current: dict = {}
-    run: dict = {"seconds": [], "machines_started": [], "usd_per_h": [], "factor": [], "best_baseline_usd_per_h": []}
+    columns = sum(map(len, libraries)) * pool.regions
+    run: dict = {
+        "columns": columns,
+        "seconds": [],
+        "machines_started": [],
+        "usd_per_h": [],
+        "factor": [],
+        "best_baseline_usd_per_h": [],
+    }
     for now in stock:
         rent = market(pool, now)
         begun = time.perf_counter()
-        plan = Allocator(libraries, rent, share).allocate(lawful(current, libraries, rent), time_limit_s=LIMIT_S)
+        plan = Allocator(libraries, rent, share).allocate(lawful(current, libraries, rent), time_limit_s=EPOCH_LIMIT_S)
         run["seconds"].append(time.perf_counter() - begun)
         check(plan, libraries, rent)
         change = reconcile(current, plan.running)
@@ -164,7 +202,7 @@ def epochs_run(pool: pools.Pool, libraries: Sequence[Library], stock: np.ndarray
         )
         run["usd_per_h"].append(plan.usd_per_h)
         run["factor"].append(plan.factor)
-        others = [baselines.scaled(libraries, rent, p) for p in baselines.POLICIES]
+        others = [baselines.scaled(libraries, rent, p) for p in baselines.PUBLISHED]
         able = [o.usd_per_h for o in others if o.factor >= plan.factor * (1 - 1e-9)]
         run["best_baseline_usd_per_h"].append(min(able, default=None))
         current = dict(plan.running)
@@ -185,38 +223,22 @@ def lawful(current: dict, libraries: Sequence[Library], rent: Market) -> dict:
     return kept
 
 
-def draw(found: list[dict], path: Path) -> None:
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class Shelf:
+    """Libraries built in this run; pools that differ in rates alone share their templates."""
 
-    figure = Figure(figsize=(10, 0.6 * len(found) + 1.5), layout="constrained")
-    axes = figure.subplots()
-    for offset, who in ((-0.27, "coral"), (0.0, "homo"), (0.27, "cauchy")):
-        values = [f["usd_per_h"] if who == "coral" else f[who]["usd_per_h"] for f in found]
-        axes.barh([i + offset for i in range(len(found))], values, 0.25, label=who)
-    axes.set_yticks(range(len(found)), [f["pool"] for f in found])
-    axes.set_xlabel("USD per hour for the full demand (list prices, machines not scarce)")
-    axes.legend()
-    figure.savefig(path)
+    data: Path
+    roofline: Roofline
+    ready: dict[tuple, list[Library]] = field(default_factory=dict)
 
-
-def built(cases: Sequence[pools.Pool], data: Path, roofline: Roofline) -> dict[str, list[Library]]:
-    """Libraries by pool; pools that differ in rates alone share their templates."""
-    ready: dict[tuple, list[Library]] = {}
-    found = {}
-    for pool in cases:
-        key = pool.devices, pool.max_nodes, pool.trace, tuple(pool.rates)
-        if key not in ready:
+    def libraries(self, pool: pools.Pool) -> list[Library]:
+        key = pool.devices, pool.max_nodes, pool.units, pool.trace, tuple(pool.rates)
+        if key not in self.ready:
             begun = time.perf_counter()
-            ready[key] = pools.libraries(pool, data, roofline)
-            count, useful = sum(map(len, ready[key])), sum(len(lib.useful) for lib in ready[key])
-            say(f"{pool.name}: {count} templates, {useful} undominated, {time.perf_counter() - begun:.1f} s")
-        found[pool.name] = pools.rated(ready[key], pool, data)
-    return found
-
-
-def shown(ratio: float | None) -> str:
-    """A ratio for people; a dash where a side does not serve everything."""
-    return "-" if ratio is None else f"{ratio:.2f}x"
+            found = self.ready[key] = pools.libraries(pool, self.data, self.roofline)
+            count = sum(len(lib.useful) for lib in found)
+            say(f"{pool.name}: {count} templates that no smaller ones replace, {time.perf_counter() - begun:.1f} s")
+        return pools.rated(self.ready[key], pool, self.data)
 
 
 def main() -> None:
@@ -224,24 +246,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the shared data sets")
     parser.add_argument(
         "--part",
-        choices=("all", "pools", "many", "served"),
-        default="all",
-        help="many: only solve times with many templates; served: only requests in simulation",
+        nargs="+",
+        choices=("all", *PARTS),
+        default=["all"],
+        help="only these settings; the others stay as recorded",
     )
     args = parser.parse_args()
     roofline, left_out = pools.fitted(args.data)
     say(f"roofline {roofline}; median error on a machine it has not seen {np.median(list(left_out.values())):.0%}")
-    facts = {} if args.part == "all" else recorded()
-    if args.part in ("all", "pools"):
-        facts |= measured(args.data, args.quick, roofline)
+    facts = {} if args.part == ["all"] else recorded()
+    shelf = Shelf(args.data, roofline)
+    for part in PARTS if args.part == ["all"] else args.part:
+        facts[part] = PARTS[part](shelf, args.quick)
     facts |= {"roofline": vars(roofline), "left_out_error": left_out}
-    if args.part in ("all", "served"):
-        facts["served"] = in_simulation(args.data, args.quick, roofline)
-    if args.part in ("all", "many") and not args.quick:
-        facts["many_templates"] = many(args.data, roofline, np.random.default_rng(0))
-    show(facts)
+    coral_tables.show(facts)
     if "plenty" in facts:
-        draw(facts["plenty"], picture_path("cluster", "coral"))
+        coral_tables.draw(facts["plenty"], picture_path("cluster", "coral"))
     print(f"written: {Report('cluster', 'coral', [], facts=facts).save()}")
 
 
@@ -251,108 +271,80 @@ def recorded() -> dict:
     return json.loads(path.read_text())["facts"] if path.exists() else {}
 
 
-def measured(data: Path, quick: bool, roofline: Roofline) -> dict:
-    small, large, scarce = (
-        (2, 2, 2) if quick else (6, 5, 4)
-    )  # of the core pool as the paper; of the extended one what is built in two minutes, with less where time limits the solver
-    code = "azure_llm_2023_code"
-    even, heavy = pools.extended(large), pools.extended(large, share="large")
-    cases = [pools.core(small), even, heavy]
+def nodes(quick: bool, scarce: bool = False) -> int:
+    """Machines of a template at most: as published; fewer where stock is so scarce that the search for whole replicas takes all the time there is."""
+    return 2 if quick else 4 if scarce else 6
+
+
+def plenty(shelf: Shelf, quick: bool) -> list[dict]:
+    most, code = nodes(quick), "azure_llm_2023_code"
+    cases = [pools.core(most), pools.extended(most), pools.extended(most, share="large")]
     if not quick:
-        cases += [pools.core(small, code), pools.extended(large, code), pools.extended(large, share="small")]
-    libraries = built(cases, data, roofline)
-    facts: dict = {"max_machines": {"core": small, "extended": large, "extended, scarce and over time": scarce}}
-    facts["plenty"] = [priced(pool, libraries[pool.name], PLENTY) for pool in cases]
-    rng = np.random.default_rng(0)
-    facts["epochs"], facts["scarce"] = {}, []
-    for pool in (even, heavy):
-        libraries[pool.name] = [restricted(lib, scarce) for lib in libraries[pool.name]]
-    even, heavy = (dataclasses.replace(pool, max_nodes=scarce) for pool in (even, heavy))
-    for pool, above, scale in ((cases[0], 1.25, 0.125), (even, 1.75, 0.25), (heavy, 1.75, 0.25)):
-        stock = stock_over_time(data, pools.prices(pool).shape, 2 if quick else 10, rng)
-        for share in (START_UP_SHARE, 0.0) if pool is cases[0] else (START_UP_SHARE,):
+        cases += [pools.extended(most, share="small"), pools.core(most, code)]
+        cases += [pools.extended(most, code, share=share) for share in ("even", "large")]
+    return [priced(pool, shelf.libraries(pool), PLENTY) for pool in cases]
+
+
+def budget(shelf: Shelf, quick: bool) -> list[dict]:
+    """Even and free split of the latency budget, for Coral and the baselines."""
+    most, units = (2, 6) if quick else (4, 12)
+    cases = [pools.core(most), pools.extended(most), pools.extended(most, share="large")]
+    if not quick:
+        cases.append(pools.extended(most, "azure_llm_2023_code"))
+    cases = [dataclasses.replace(pool, units=u) for pool in cases for u in (None, units)]
+    return [priced(pool, shelf.libraries(pool), PLENTY) | {"units": pool.units} for pool in cases]
+
+
+def scarce_pools(shelf: Shelf, quick: bool, most: int) -> list[tuple[pools.Pool, float, np.ndarray]]:
+    """(pool, stock over need as published, stock over time); most: machines of a template in the extended pools."""
+    rng, small = np.random.default_rng(0), pools.core(nodes(quick))
+    cases = [(small, 1.25), (pools.extended(most), 1.75), (pools.extended(most, share="large"), 1.75)]
+    epochs = 2 if quick else 10
+    return [(pool, above, stock_over_time(shelf.data, pools.prices(pool).shape, epochs, rng)) for pool, above in cases]
+
+
+def epochs(shelf: Shelf, quick: bool) -> dict[str, dict]:
+    runs = {}
+    for number, (pool, _, stock) in enumerate(scarce_pools(shelf, quick, nodes(quick))):
+        for share in (START_UP_SHARE, 0.0) if number == 0 else (START_UP_SHARE,):
             label = f"{pool.name}, start-up share {share:g}"
-            facts["epochs"][label] = epochs_run(pool, libraries[pool.name], stock, share)
-            say(f"{label}: {facts['epochs'][label]['cheaper_than_best']}")
-        scarce_stock = np.floor(stock[0] * scale)
-        largest = most(pool, libraries[pool.name], scarce_stock, data)
+            runs[label] = epochs_run(pool, shelf.libraries(pool), stock, share)
+            say(f"{label}: {runs[label]['cheaper_than_best']}")
+    return runs
+
+
+def scarce(shelf: Shelf, quick: bool) -> list[dict]:
+    rows = []
+    for (pool, above, stock), scale in zip(
+        scarce_pools(shelf, quick, nodes(quick, scarce=True)), (0.125, 0.25, 0.25), strict=True
+    ):
+        first, libraries = np.floor(stock[0] * scale), shelf.libraries(pool)
+        largest = most(pool, libraries, first, shelf.data)
         for multiple in (above, 1.0, 0.5):
             asked = times(pool, largest / multiple)
-            row = priced(asked, pools.rated(libraries[pool.name], asked, data), scarce_stock)
-            facts["scarce"].append(row | {"stock_over_need": multiple, "rates_multiplied": largest / multiple})
-    return facts
-
-
-def in_simulation(data: Path, quick: bool, roofline: Roofline) -> list[dict]:
-    cases = [pools.core(2)] if quick else [pools.core(5), pools.extended(3), pools.extended(3, share="large")]
-    libraries = built(cases, data, roofline)
-    rows = []
-    for pool in cases:
-        rows.append(coral_served.served(pool, libraries[pool.name], market(pool, PLENTY), data, roofline))
-        say(f"{pool.name} served in simulation: {rows[-1]['coral']['good']:.1%} in time")
+            row = priced(asked, pools.rated(libraries, asked, shelf.data), first)
+            rows.append(row | {"stock_over_need": multiple, "rates_multiplied": largest / multiple})
+            say(f"{pool.name}, {multiple} times the need: {row['factor']:.1%}, gap {row['gap']:.2%}")
     return rows
 
 
-def many(data: Path, roofline: Roofline, rng: np.random.Generator) -> dict:
-    """Solve times with templates of up to five machines."""
-    pool = pools.extended(5)
-    libraries = built([pool], data, roofline)[pool.name]
-    run = epochs_run(pool, libraries, stock_over_time(data, pools.prices(pool).shape, 3, rng), START_UP_SHARE)
-    return run | {"templates": sum(map(len, libraries)), "columns": Allocator(libraries, market(pool, 1.0)).num_columns}
+def in_simulation(shelf: Shelf, quick: bool) -> list[dict]:
+    cases = [pools.core(2)] if quick else [pools.core(6), pools.extended(4), pools.extended(4, share="large")]
+    cases += [] if quick else [dataclasses.replace(pools.core(6), units=12)]
+    rows = []
+    for pool in cases:
+        row = coral_served.served(pool, shelf.libraries(pool), market(pool, PLENTY), shelf.data, shelf.roofline)
+        rows.append(row | {"units": pool.units})
+        say(f"{pool.name} served in simulation: {row['coral']['good']:.1%} in time")
+    pool, _, stock = scarce_pools(shelf, quick, nodes(quick))[0]
+    libraries, first = shelf.libraries(pool), np.floor(stock[0] * 0.125)
+    asked = times(pool, most(pool, libraries, first, shelf.data))
+    wanted = pools.rated(libraries, asked, shelf.data)
+    rows.append(coral_served.served(asked, wanted, market(pool, first), shelf.data, shelf.roofline) | {"scarce": True})
+    return rows
 
 
-def show(facts: dict) -> None:
-    head = [
-        "pool",
-        "columns",
-        "devices",
-        "Coral USD/h",
-        "gap",
-        *baselines.POLICIES,
-        baselines.BY_RATIO,
-        "cheaper than best",
-        "than tuned",
-        "any plan at most",
-        "of it mixed",
-        "solve",
-    ]
-    print(format_table([head, *(
-        [
-            f["pool"], str(f["columns"]), str(f["devices"]), f"{f['usd_per_h']:.1f}", f"{f['gap']:.2%}",
-            *(f"{f[p]['usd_per_h']:.1f}" if p in f else "-" for p in (*baselines.POLICIES, baselines.BY_RATIO)), shown(f["cheaper_than_best"]),
-            shown(f["cheaper_than_tuned"]), shown(f["best_possible"]), f"{f['mixed_share']:.0%}", f"{f['seconds']:.1f} s",
-        ]
-        for f in facts.get("plenty", [])
-    )]))  # fmt: skip
-    head = [
-        "scarce pool",
-        "stock over need",
-        "devices of",
-        "Coral USD/h",
-        "share",
-        *baselines.POLICIES,
-        "goodput over best",
-        "cheaper",
-        "solve",
-    ]
-    print(format_table([head, *(
-        [
-            f["pool"], f"{f['stock_over_need']}x", f"{f['devices']} of {f['devices_in_stock']}", f"{f['usd_per_h']:.0f}", f"{f['factor']:.0%} (at most {f['most_factor']:.0%})",
-            *(f"{f[p]['factor']:.0%} at {f[p]['usd_per_h']:.0f}" for p in baselines.POLICIES), f"{f['goodput_over_best']:.2f}x",
-            shown(f["cheaper_than_best"]), f"{f['seconds']:.1f} s",
-        ]
-        for f in facts.get("scarce", [])
-    )]))  # fmt: skip
-    if "served" in facts:
-        print(format_table(coral_served.lines(facts["served"])))
-    runs = dict(facts.get("epochs", {}))
-    if "many_templates" in facts:
-        runs[f"{facts['many_templates']['columns']} columns"] = facts["many_templates"]
-    for label, run in runs.items():
-        print(
-            f"{label}: {len(run['seconds'])} epochs, {np.mean(run['seconds']):.2f} s a plan, {max(run['seconds']):.2f} s at most, "
-            f"{sum(run['machines_started'])} machines started, {run['cheaper_than_best'] or float('nan'):.2f} times cheaper than the best baseline"
-        )
+PARTS = {"plenty": plenty, "budget": budget, "epochs": epochs, "scarce": scarce, "served": in_simulation}
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ LINK = Link(1.25e9, 1e-3)  # 10 Gb/s between machines of one region
 
 @dataclass(frozen=True)
 class Pool:
-    """What can be rented and what is asked for. `rates`: requests/s of each model."""
+    """What can be rented and what is asked for. `rates`: requests/s of each model; `units` of the latency budget, None for equal parts."""
 
     name: str
     devices: tuple[str, ...]
@@ -51,6 +51,7 @@ class Pool:
     rates: dict[str, float]
     max_nodes: int
     trace: str = "azure_llm_2023_conv"
+    units: int | None = None
 
 
 def core(max_nodes: int = 4, trace: str = "azure_llm_2023_conv", rate: float = 10.0) -> Pool:
@@ -112,15 +113,17 @@ def prices(pool: Pool) -> np.ndarray:
 
 
 def rated(libraries: Sequence[Library], pool: Pool, data: Path) -> list[Library]:
-    """The same templates under another pool's rates: what a template serves does not depend on how much is wanted."""
-    found = []
-    for lib, demand in zip(libraries, demands(pool, data), strict=True):
-        assert dataclasses.replace(lib.demand, tokens_per_s=0) == dataclasses.replace(demand, tokens_per_s=0)
-        found.append(dataclasses.replace(lib, demand=demand))
-        vars(found[-1]).update({"useful": lib.useful, "equal": lib.equal})
-    return found
+    """The same templates under another pool's rates."""
+    return [lib.for_demand(demand) for lib, demand in zip(libraries, demands(pool, data), strict=True)]
 
 
 def libraries(pool: Pool, data: Path, roofline: Roofline) -> list[Library]:
+    """Without what smaller templates replace."""
     shapes = configurations(pool)
-    return [build(d, shapes, tables_of(d, shapes, roofline, LINK), pool.max_nodes) for d in demands(pool, data)]
+    found = [
+        build(d, shapes, tables_of(d, shapes, roofline, LINK), pool.max_nodes, units=pool.units, dominated=False)
+        for d in demands(pool, data)
+    ]
+    for lib in found:  # once for every market, like the templates
+        assert len(lib.equal) and len(lib.useful_machines)
+    return found

@@ -30,6 +30,7 @@ UNITS = {
     "wager_adam": ["detect/bond/cpp/adam.cpp"],
     "wager_enumerate": ["compile/mirage/enumerate.cpp"],
     "wager_pipeline": ["simulate/cpp/pipeline.cpp"],
+    "wager_coral": ["cluster/coral/cpp/templates.cpp", "cluster/coral/cpp/cover.cpp"],
     "wager_detect": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "detect/tod/cpp").glob("*.cpp")),
 }  # fmt: skip
 WITH_GENERATED = ("graph/lower/parts.cpp",)  # compiled with generated kernels, which need a compiler anyway

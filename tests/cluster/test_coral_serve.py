@@ -41,10 +41,10 @@ def rented(share=1.0):
 def test_the_batch_of_a_stage_is_the_one_its_throughput_was_made_of():
     for phase, objective in (("prefill", 1.5), ("decode", 0.1)):
         demand = Demand(CARD, phase, objective, 1.0, PROMPT, PROMPT)
-        for stages in (1, 2):
-            rates = stage_throughput(demand, SHAPES[0], stages, ROOFLINE, LINK)
+        for share in (1.0, 0.7, 0.5):
+            rates = stage_throughput(demand, SHAPES[0], share, ROOFLINE, LINK)
             for layers in (3, 6, 12):
-                batch = stage_batch(demand, SHAPES[0], layers, stages, ROOFLINE, LINK)
+                batch = stage_batch(demand, SHAPES[0], layers, share, ROOFLINE, LINK)
                 assert (batch > 0) == (rates[layers] > 0)
                 if batch and phase == "decode":
                     seconds = layers * ROOFLINE.decode_s(batch, PROMPT, CARD, SHAPES[0].device, 1)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -48,7 +49,12 @@ class Allocator:
             raise UsageError(f"start_up_share={start_up_share} is negative")
         self.libraries, self.market, self.start_up_share = list(libraries), market, start_up_share
         self.useful = [lib.useful for lib in self.libraries]
-        self.costs = [lib.counts_UC @ market.price_RC.T for lib in self.libraries]  # [U, R]
+        self.costs = [lib.machines_UC @ market.price_RC.T for lib in self.libraries]  # [U, R]
+
+    @cached_property
+    def packer(self) -> Packer:
+        """Needed only where stock is scarce."""
+        return Packer(self.libraries, self.costs, self.market.stock_RC)
 
     @property
     def num_columns(self) -> int:
@@ -63,11 +69,10 @@ class Allocator:
         current = dict(current or {})
         others = [baselines.greedy(self.libraries, self.market, policy) for policy in baselines.POLICIES]
         incumbents = [dict(o.running) for o in others if o.factor >= 1 - 1e-9]
-        packer = Packer(self.libraries, self.costs, self.market.stock_RC)
         found = self._generate(current, 1.0, scale=False)
         if found is not None:
             if not incumbents:
-                packed = packer.pack(1.0, self._worth(found[1]), begun + time_limit_s / 5)
+                packed = self.packer.pack(1.0, self._worth(found[1]), begun + time_limit_s / 5)
                 incumbents = [] if packed is None else [packed]
             try:
                 limit_s = time_limit_s if incumbents else time_limit_s / 2
@@ -75,7 +80,7 @@ class Allocator:
             except Scarce:
                 pass  # fractions of replicas fit the stock, whole ones do not
         others = [baselines.scaled(self.libraries, self.market, policy) for policy in baselines.POLICIES]
-        factor, most, plan = self._largest_factor(packer, current, others, begun + time_limit_s * 0.8)
+        factor, most, plan = self._largest_factor(current, others, begun + time_limit_s * 0.8)
         if factor <= 0:
             raise WagerError("no part of the demands can be served with this stock; add machines or loosen objectives")
         factor *= 1 - 1e-9
@@ -127,6 +132,7 @@ class Allocator:
         """Columns: one shortage per demand (or the factor first), then `added` of every key, then `kept` of those that run now.
         Rows: one per demand, then one per region and configuration."""
         program = LinearModel(maximize=scale)
+        rates = [self._rates(d, factor) for d in range(len(self.libraries))]
         market, demands = self.market, [lib.demand for lib in self.libraries]
         dear = 1e3 * max(
             float((c / lib.rates_U[:, None]).max())
@@ -144,7 +150,7 @@ class Allocator:
             d, r, u = key
             price = 0.0 if scale else float(self.costs[d][u, r]) * (1 + extra)
             c = program.add("", 0, most, price, integer=whole)
-            serve[d].append((c, float(self._rates(d, factor)[u])))
+            serve[d].append((c, float(rates[d][u])))
             for configuration in np.flatnonzero(self.libraries[d].counts_UC[u]):
                 use.setdefault((r, int(configuration)), []).append(
                     (c, float(self.libraries[d].counts_UC[u, configuration]))
@@ -186,18 +192,18 @@ class Allocator:
         demands, sign = len(self.libraries), -1.0 if scale else 1.0
         stock_dual_RC = lp.duals[demands:].reshape(len(self.market.regions), len(self.market.configurations))
         for d, lib in enumerate(self.libraries):
-            for r in range(len(self.market.regions)):
-                price_U = 0.0 if scale else self.costs[d][:, r] * (1 + self.start_up_share)
+            useful = self.useful[d]
+            worth_UR = lib.useful_machines @ stock_dual_RC.T + (self._rates(d, factor)[useful] * lp.duals[d])[:, None]
+            price_UR = 0.0 if scale else self.costs[d][useful] * (1 + self.start_up_share)
+            for r, reduced in enumerate((price_UR - sign * worth_UR).T):
                 reduced_U = np.full(len(lib), INFINITE)
-                useful = self.useful[d]
-                worth_U = lib.counts_UC[useful] @ stock_dual_RC[r] + self._rates(d, factor)[useful] * lp.duals[d]
-                reduced_U[useful] = (0.0 if scale else price_U[useful]) - sign * worth_U  # type: ignore[index]
+                reduced_U[useful] = reduced
                 yield d, r, reduced_U
 
     # -- whole machines ----------------------------------------------------------------------------------------------------------
 
     def _largest_factor(
-        self, packer: Packer, current: Mapping[Key, int], others: Sequence[Allocation], end_s: float
+        self, current: Mapping[Key, int], others: Sequence[Allocation], end_s: float
     ) -> tuple[float, float, dict[Key, int]]:
         """(largest common share of the demands that a plan was found for, bound on that, the plan): the best of the baselines, of packing,
         and of the integer program over the columns that fit the stock: all where these are few, the most promising where not."""
@@ -209,7 +215,7 @@ class Allocator:
         high = min(1.0, lp.value or 0.0)
         if high <= factor:
             return factor, high, plan
-        begun = time.perf_counter()
+        begun, packer = time.perf_counter(), self.packer
         few = packer.num_columns <= FEW_COLUMNS
         share, packed = packer.largest(self._worth(lp), factor, high, begun + (end_s - begun) * (0.3 if few else 0.6))
         if packed is not None and packer.share(packed) > factor:
@@ -255,7 +261,7 @@ class Allocator:
             return max(0.2, time_limit_s - (time.perf_counter() - begun))
 
         assert lp.value is not None
-        bound, alone = self._taken_apart(lp, current, factor, left() / 3)
+        bound, alone = self._taken_apart(lp, current, factor)
         bound = max(bound, lp.value)
         plans = [*incumbents, *([] if alone is None else [alone])]
         best = self._cheapest(plans, current, factor)
@@ -283,7 +289,7 @@ class Allocator:
         return self._allocation(best, lp, current, factor, bound, proven or value - bound <= gap * value, begun)
 
     def _taken_apart(
-        self, lp: Solution, current: Mapping[Key, int], factor: float, time_limit_s: float
+        self, lp: Solution, current: Mapping[Key, int], factor: float
     ) -> tuple[float, dict[Key, int] | None]:
         """(lower bound, plan or None when the demands' own solutions do not fit the stock together)."""
         assert lp.duals is not None
@@ -295,9 +301,9 @@ class Allocator:
                 continue
             mine = {(r, u): n for (k, r, u), n in current.items() if k == d}
             columns = lagrange.columns_of(
-                self.costs[d], -(lib.counts_UC @ dual_RC.T), self._rates(d, factor), self.useful[d], mine, self.start_up_share
+                self.costs[d], -(lib.machines_UC @ dual_RC.T), self._rates(d, factor), self.useful[d], mine, self.start_up_share
             )  # fmt: skip
-            least, chosen = lagrange.cheapest(columns, wanted, max(0.05, time_limit_s / len(self.libraries)))
+            least, chosen = lagrange.cheapest(columns, wanted)
             bound += least
             plan = None if chosen is None or plan is None else plan | {(d, r, u): n for (r, u), n in chosen.items()}
         return bound, plan

@@ -8,14 +8,14 @@ meet: the plan is optimal, whatever a time-limited branch and bound would have s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from wager.solve import LinearModel, solve
+from wager.cluster.coral import native
 
-GAP = 1e-4
+PARTS = 20_000  # of a demand, in which rates are counted
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,23 @@ def frontier(cost_U: np.ndarray, rate_U: np.ndarray) -> np.ndarray:
     return order[cost_U[order] < cheapest]
 
 
-def cheapest(
-    columns: list[Column], wanted: float, time_limit_s: float
-) -> tuple[float, dict[tuple[int, int], int] | None]:
-    """(lower bound on the cost of `wanted` tokens/s, replicas of a solution or None)."""
-    program = LinearModel()
-    numbers = [program.add("", 0, c.most, max(c.cost, 0.0), integer=True) for c in columns]
-    program.row([(n, c.rate / wanted) for n, c in zip(numbers, columns, strict=True)], lower=1.0)
-    answer = solve(program, time_limit_s=time_limit_s, gap=GAP)
-    bound = max(0.0, answer.bound) if np.isfinite(answer.bound) else 0.0
-    if answer.x is None:
+def cheapest(columns: Sequence[Column], wanted: float) -> tuple[float, dict[tuple[int, int], int] | None]:
+    """(lower bound on the cost of `wanted` tokens/s, replicas of a solution or None where all columns are too few).
+
+    Exact but for rates in whole parts of the demand: rounded up they give the bound, and where that solution serves the demand also as they are, the optimum;
+    rounded down a plan."""
+    cost_K = np.array([max(c.cost, 0.0) for c in columns])
+    parts_K = np.minimum(np.array([c.rate for c in columns]) / wanted, 1.0) * PARTS
+    most_K = np.array([c.most if np.isfinite(c.most) else -1 for c in columns])
+    bound, counts = native.cover(PARTS, cost_K, np.ceil(parts_K), most_K)
+    if np.isinf(bound):
         return bound, None
+    if counts @ parts_K < PARTS * (1 - 1e-9):
+        found, counts = native.cover(PARTS, cost_K, np.floor(parts_K * (1 + 1e-12)), most_K)
+        if np.isinf(found):
+            return bound, None
     chosen: dict[tuple[int, int], int] = {}
-    for number, column in zip(numbers, columns, strict=True):
-        count = round(float(answer.x[number]))
+    for column, count in zip(columns, counts.tolist(), strict=True):
         if count:
             key = column.region, column.template
             chosen[key] = chosen.get(key, 0) + count
@@ -69,14 +72,13 @@ def columns_of(
     worth_UR: what the machines of a template are worth elsewhere, from the duals of the stock.
     """
     cost_UR = price_UR[useful_U] * (1 + start_up_share) + worth_UR[useful_U]
-    regions = cost_UR.shape[1]
-    best = frontier(cost_UR.ravel(), np.repeat(rate_U[useful_U], regions))
-    found = []
-    for flat in best:
-        i, r = divmod(int(flat), regions)
-        u = int(useful_U[i])
-        if rate_U[u] > 0:
-            found.append(Column(r, u, float(cost_UR[i, r]), float(rate_U[u]), float("inf")))
+    region_U = cost_UR.argmin(1)  # in another region a template costs more and serves no more
+    cost_U, rate_U_useful = cost_UR[np.arange(len(cost_UR)), region_U], rate_U[useful_U]
+    found = [
+        Column(int(region_U[i]), int(useful_U[i]), float(cost_U[i]), float(rate_U_useful[i]), float("inf"))
+        for i in frontier(cost_U, rate_U_useful)
+        if rate_U_useful[i] > 0
+    ]
     for (r, u), count in current.items():
         found.append(Column(r, u, float(price_UR[u, r] + worth_UR[u, r]), float(rate_U[u]), float(count)))
     return found

@@ -17,6 +17,7 @@ from wager.cluster.coral.templates import Library
 
 NOISE = 0.25  # of the logarithm of what a template costs, in later tries
 TRIES = 16
+MOST_COLUMNS = 12_000  # of a demand
 HALVINGS = 40
 CLOSE = 5e-3  # between the largest share reached and one that was not
 
@@ -30,20 +31,23 @@ class Packer:
         self.libraries, self.stock_RC = libraries, stock_RC.astype(float)
         self._counts, self._rates, self._cost, self._at = [], [], [], []
         for lib, cost_UR in zip(libraries, costs, strict=True):
-            rows = [
-                (r, u)
-                for r in range(len(stock_RC))
-                for u in lib.useful[(lib.counts_UC[lib.useful] <= self.stock_RC[r]).all(1)]
-            ]
-            at_F2 = np.array(rows, int).reshape(-1, 2)
+            at_F2 = self._fitting(lib)
             self._at.append(at_F2)
-            self._counts.append(lib.counts_UC[at_F2[:, 1]].astype(float))
+            self._counts.append(lib.machines_UC[at_F2[:, 1]])
             self._rates.append(lib.rates_U[at_F2[:, 1]])
             self._cost.append(cost_UR[at_F2[:, 1], at_F2[:, 0]])
 
+    def _fitting(self, lib: Library) -> np.ndarray:
+        """[F, 2] region and template of what fits the stock alone, the templates of fewest machines where all are too many to look through."""
+        by_size = lib.useful[np.argsort(lib.counts_UC[lib.useful].sum(1), kind="stable")]
+        most = MOST_COLUMNS // len(self.stock_RC)
+        fitting = [by_size[(lib.machines_UC[by_size] <= stock_C).all(1)][:most] for stock_C in self.stock_RC]
+        regions = np.repeat(np.arange(len(fitting)), [len(f) for f in fitting])
+        return np.stack([regions, np.concatenate(fitting)], 1).astype(int)
+
     @property
     def num_columns(self) -> int:
-        """Replicas, by demand, region and template, that fit the stock alone."""
+        """Replicas, by demand, region and template, that are tried."""
         return sum(map(len, self._at))
 
     def columns(self) -> list[tuple[int, int, int]]:

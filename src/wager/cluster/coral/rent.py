@@ -1,7 +1,7 @@
 """From models.toml and offers.csv to what to rent.
 
-models.toml may set max_nodes (machines of a replica, 3), memory_ratio (most memory of a replica over the model's size, 12) and start_up_share (start-up
-time over the time between two plans, 0). It has [[model]] with name, layers, hidden, layer_gb, kv_bytes (per token and layer), for a mixture of experts active_layer_gb, for
+models.toml may set max_nodes (machines of a replica, 3), memory_ratio (most memory of a replica over the model's size, 12), budget_units (stages may
+take multiples of 1 / budget_units of the latency objective; without it all take the same) and start_up_share (start-up time over the time between two plans, 0). It has [[model]] with name, layers, hidden, layer_gb, kv_bytes (per token and layer), for a mixture of experts active_layer_gb, for
 quantized weights weight_bytes (of one weight), and for each phase served an objective and a
 demand: prefill_ms, prefill_tokens_per_s, decode_ms, decode_tokens_per_s; `roofline` has flops_efficiency, read_efficiency, fixed_s as fitted on
 measured machines. offers.csv has region,device,count,usd_per_h,available; devices are those of the catalog.
@@ -75,7 +75,9 @@ def plan_rent(
     link = Link(raw.get("link_gb_per_s", 1.25) * 1e9, raw.get("link_latency_ms", 1.0) / 1e3)
     tables = [tables_of(d, market.configurations, roofline, link) for d in demands]
     libraries = [
-        build(d, market.configurations, t, raw.get("max_nodes", 3), raw.get("memory_ratio", 12.0))
+        build(
+            d, market.configurations, t, raw.get("max_nodes", 3), raw.get("memory_ratio", 12.0), raw.get("budget_units")
+        )
         for d, t in zip(demands, tables, strict=True)
     ]
     running = {} if current is None else read_running(current, libraries, market)
@@ -160,13 +162,13 @@ def _running_key(entry: Mapping[str, Any], where: str, libraries: Sequence[Libra
 
 
 def tables_of(demand: Demand, configurations: Sequence[Configuration], roofline: Roofline, link: Link):
-    """stages -> [C, L + 1] tokens/s, each computed once."""
-    known: dict[int, np.ndarray] = {}
+    """share of the objective -> [C, L + 1] tokens/s, each computed once."""
+    known: dict[float, np.ndarray] = {}
 
-    def table(stages: int) -> np.ndarray:
-        if stages not in known:
-            known[stages] = throughput_table(demand, configurations, stages, roofline, link)
-        return known[stages]
+    def table(share: float) -> np.ndarray:
+        if share not in known:
+            known[share] = throughput_table(demand, configurations, share, roofline, link)
+        return known[share]
 
     return table
 
@@ -186,7 +188,7 @@ def _file(found: Allocation, libraries: Sequence[Library], market: Market, table
             f"tokens_per_s = {float(libraries[d].rates_U[u])!r}",
             "stages = [",
         ]
-        for machines, layers in split(libraries[d], u, tables[d]):
+        for machines, layers, _ in split(libraries[d], u, tables[d]):
             names = ", ".join(f'"{market.configurations[c].name}"' for c in machines)
             lines.append(f"  {{ layers = {layers}, machines = [{names}] }},")
         lines.append("]")

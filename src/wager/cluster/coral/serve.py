@@ -60,16 +60,13 @@ def replicas_of(
     for (d, r, u), count in sorted(plan.running.items()):
         library = libraries[d]
         groups = split(library, u, tables[d])
-        stages = (
-            int(library.stages_UN[u].max()) + 1
-        )  # the latency budget was divided by this, also where one holds nothing
         for n in range(count):
             name, at, built = f"{library.demand.name} {market.regions[r]} {u}.{n}", 0, []
-            for s, (machines, layers) in enumerate(groups):
+            for s, (machines, layers, share) in enumerate(groups):
                 built.append(tuple(
                     _machine(
-                        f"{name} stage {s}.{i}", library.demand, market.configurations[c], at, at + layers, stages, roofline, link,
-                        float(market.price_RC[r, c]), float(tables[d](stages)[c, layers]),
+                        f"{name} stage {s}.{i}", library.demand, market.configurations[c], at, at + layers, share, roofline, link,
+                        float(market.price_RC[r, c]), float(tables[d](share)[c, layers]),
                     )
                     for i, c in enumerate(machines)
                 ))  # fmt: skip
@@ -84,14 +81,14 @@ def _machine(
     configuration: Configuration,
     first: int,
     last: int,
-    stages: int,
+    share: float,
     roofline: Roofline,
     link: Link,
     usd_per_h: float,
     tokens_per_s: float,
 ) -> Machine:
     layers = last - first
-    batch = stage_batch(demand, configuration, layers, stages, roofline, link)
+    batch = stage_batch(demand, configuration, layers, share, roofline, link)
     if not batch:
         raise UsageError(f"{name}: {configuration.name} cannot serve {layers} layers of {demand.name} in time")
     prefill = demand.phase == "prefill"

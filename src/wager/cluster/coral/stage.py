@@ -1,8 +1,8 @@
 """What one machine serves as one stage: tokens/s with j layers when a stage may take a share of the latency objective.
 
 Prefill takes the largest batch of whole prompts that ends in time; decode the largest batch whose step ends in time and whose KV fits beside
-the weights. With S stages there are S batches in flight and their KV lies on every stage. The budget of a stage is the objective over S, less
-the hop to the next stage. Throughput never rises with the number of layers.
+the weights. A stage may take its share of the objective, less the hop to the next stage where there is one; while it works on a batch, the
+others of 1 / share are elsewhere in the pipeline, and their KV lies here too. Throughput never rises with the number of layers, nor falls with the share.
 """
 
 from __future__ import annotations
@@ -61,19 +61,19 @@ class Demand:
 
 
 def stage_throughput(
-    demand: Demand, configuration: Configuration, stages: int, roofline: Roofline, link: Link
+    demand: Demand, configuration: Configuration, share: float, roofline: Roofline, link: Link
 ) -> np.ndarray:
-    """[L + 1] tokens/s by layers held (index 0 is 0); 0 where the layers do not fit or cannot be in time."""
-    best_L = _rates(demand, configuration, stages, roofline, link)[0].max(1)
+    """[L + 1] tokens/s by layers held (index 0 is 0) within `share` of the objective; 0 where the layers do not fit or cannot be in time."""
+    best_L = _rates(demand, configuration, share, roofline, link)[0].max(1)
     # a machine with room for j layers may also use fewer: never more throughput with more layers
     return np.concatenate([[0.0], np.maximum.accumulate(best_L[::-1])[::-1]])
 
 
 def stage_batch(
-    demand: Demand, configuration: Configuration, layers: int, stages: int, roofline: Roofline, link: Link
+    demand: Demand, configuration: Configuration, layers: int, share: float, roofline: Roofline, link: Link
 ) -> int:
     """Requests in the batch that gives `stage_throughput` with that many layers; 0 where none is in time."""
-    rate_LB, requests_B = _rates(demand, configuration, stages, roofline, link)
+    rate_LB, requests_B = _rates(demand, configuration, share, roofline, link)
     rate_B = rate_LB[layers - 1]
     return int(requests_B[int(rate_B.argmax())]) if rate_B.max() > 0 else 0
 
@@ -85,17 +85,17 @@ def kv_tokens(model: ModelCard, configuration: Configuration, layers: int) -> in
 
 
 def _rates(
-    demand: Demand, configuration: Configuration, stages: int, roofline: Roofline, link: Link
+    demand: Demand, configuration: Configuration, share: float, roofline: Roofline, link: Link
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens/s [L, B] of each batch with each number of layers, 0 where it does not fit or is late; requests of each batch)."""
     model = demand.model
     layers = np.arange(1, model.layers + 1)
     sizes, seconds, batches_B = _batches(demand, configuration, roofline)
-    hop_B = np.zeros(len(sizes)) if stages == 1 else link.latency_s + sizes * model.activation_bytes / link.bytes_per_s
+    hop_B = np.zeros(len(sizes)) if share == 1 else link.latency_s + sizes * model.activation_bytes / link.bytes_per_s
     time_LB = layers[:, None] * seconds[None, :]
-    in_time_LB = time_LB + hop_B[None, :] <= demand.objective_s / stages
+    in_time_LB = time_LB + hop_B[None, :] <= demand.objective_s * share
     room_L = configuration.memory_bytes * USABLE_MEMORY - layers * model.layer_bytes
-    held = batches_B * (demand.context_tokens if demand.phase == "decode" else demand.prompt_tokens) * stages
+    held = batches_B * (demand.context_tokens if demand.phase == "decode" else demand.prompt_tokens) / share
     fits_LB = layers[:, None] * held[None, :] * model.kv_bytes <= room_L[:, None]
     return np.where(in_time_LB & fits_LB, sizes[None, :] / time_LB, 0.0), batches_B
 
@@ -115,7 +115,7 @@ def _batches(
 
 
 def throughput_table(
-    demand: Demand, configurations: Sequence[Configuration], stages: int, roofline: Roofline, link: Link
+    demand: Demand, configurations: Sequence[Configuration], share: float, roofline: Roofline, link: Link
 ) -> np.ndarray:
     """[C, L + 1] of `stage_throughput`."""
-    return np.stack([stage_throughput(demand, c, stages, roofline, link) for c in configurations])
+    return np.stack([stage_throughput(demand, c, share, roofline, link) for c in configurations])
