@@ -11,6 +11,7 @@ import pytest
 
 from wager.errors import UsageError
 from wager.serve import features as registry_module
+from wager.serve.build import build_engine
 from wager.serve.config import EngineConfig
 from wager.serve.features import Exactness, Feature, check_conflicts, enabled_features, features, registry
 
@@ -70,6 +71,8 @@ def test_the_default_engine_has_no_conflict_and_configured_ones_are_refused():
     config = EngineConfig(skip_tokenizer_init=True, chat_template="{{ messages }}")
     with pytest.raises(UsageError, match="skip_tokenizer_init.*chat_template|chat_template.*skip_tokenizer_init"):
         check_conflicts(enabled_features(config))
+    with pytest.raises(UsageError, match="chat_template"):
+        build_engine(config)
 
 
 def test_a_conflict_is_found_whichever_side_declares_it(monkeypatch):

@@ -22,6 +22,7 @@ from wager.serve.cache.block_manager import BlockManager
 from wager.serve.cache.pool import KVPool, groups_for
 from wager.serve.config import EngineConfig, SpeculativeConfig
 from wager.serve.core import EngineCore
+from wager.serve.features import check_conflicts, enabled_features
 from wager.serve.lora import load_adapter
 from wager.serve.observe import Observer
 from wager.serve.offload import LayerRing, layers_within
@@ -66,6 +67,7 @@ class Limits:
 
 def build_engine(config: EngineConfig, observers: Sequence[Observer] = ()) -> Engine:
     """Load everything. Raises CheckpointError, UsageError or CapacityError with the remedy."""
+    check_conflicts(enabled_features(config))
     device = pick_device(config.device)
     keep_freed_memory()
     loaded, team = load_target(config, device)

@@ -29,7 +29,10 @@ from wager.hardware.layer_cost import ModelCard, Roofline
 def read_demands(raw: Mapping[str, Any]) -> tuple[list[Demand], Roofline]:
     """Raises UsageError naming the model and the key that is wrong."""
     demands = []
-    for m in raw.get("model", []):
+    models = raw.get("model", [])
+    if not isinstance(models, list):
+        raise UsageError(f"model = {models!r} in the demand file is no list of [[model]] entries")
+    for m in models:
         try:
             card = ModelCard(
                 m["name"],
@@ -48,9 +51,16 @@ def read_demands(raw: Mapping[str, Any]) -> tuple[list[Demand], Roofline]:
                     ))  # fmt: skip
         except KeyError as error:
             raise UsageError(f"model {m.get('name', '?')} in the demand file lacks {error}") from None
+        except TypeError as error:
+            raise UsageError(
+                f"model {m.get('name', '?')} in the demand file has a value of the wrong type: {error}"
+            ) from None
     if not demands or "roofline" not in raw:
         raise UsageError("the demand file needs [[model]] entries with a demand, and [roofline] efficiencies")
-    return demands, Roofline(**raw["roofline"])
+    try:
+        return demands, Roofline(**raw["roofline"])
+    except TypeError as error:
+        raise UsageError(f"[roofline] in the demand file: {error}") from None
 
 
 def read_market(rows: Sequence[Mapping[str, str]]) -> Market:
