@@ -20,7 +20,7 @@ from wager.cluster.spotserve.load import Load
 from wager.cluster.spotserve.mapper import Place, inherit
 from wager.cluster.spotserve.outcome import Outcome
 from wager.cluster.spotserve.service import Served, Service
-from wager.cluster.spotserve.transition import Mover, Transition, perform
+from wager.cluster.spotserve.transition import Mover, Transition, decoded, perform
 
 CANDIDATES = 10  # layouts that are played
 FUTURES = 2  # forecasts each is played on
@@ -44,6 +44,12 @@ class Pending:
     step: Transition
     stop_s: float
     deadline_s: float
+
+    def sharp(self, layout: Layout | None) -> set[int]:
+        """Pipelines of `layout` that must not work beyond `stop_s`."""
+        if layout is None or self.deadline_s == math.inf:
+            return set()
+        return set(range(layout.data)) - set(self.step.same.values())
 
 
 @dataclass(frozen=True)
@@ -134,18 +140,19 @@ class Migrate:
         )
         if at + done.stop_s > pending.deadline_s + 1e-6:
             # the notice is too short for all of it: KV is given up, and what the leaving machines hold comes from elsewhere
+            lost = set(service.batches) - set(done.same.values())
             self.outcome.log(
                 at,
                 "lost",
-                f"{sum(len(b.requests) for b in service.batches.values())} requests lose their tokens: the notice is too short",
+                f"{sum(len(service.batches[d].started) for d in lost)} requests lose their tokens: the notice is too short",
             )
-            service.drop(list(service.batches))
+            service.drop(sorted(lost))
             self.held = {x: p for x, p in self.held.items() if x in set(devices)}
-            done = self.mover.plan(service.layout, self.held, {}, step.target, devices, ahead_for_s=0.0)
+            done = self.mover.plan(service.layout, self.held, service.batches, step.target, devices, ahead_for_s=0.0)
         perform(service, done, at)
         self.held = dict(done.goal)
         self.moving_until = at + done.stop_s
-        self.outcome.moved(at, at + done.stop_s, done.target, done.moved_bytes)
+        self.outcome.moved(at, at + done.stop_s, at + done.stall_s, done.target, done.moved_bytes)
 
     # -- what to do --------------------------------------------------------------------------------------------------------------
 
@@ -220,6 +227,8 @@ class Migrate:
             seconds = controller.request_s(model, c, output, wanted, continuous) if wanted < math.inf else math.inf
             return seconds, -controller.throughput(model, c, output, continuous), c.devices
 
+        if continuous:  # a slot that is not used costs no time: of otherwise equal layouts the one with most slots
+            every = {(c.data, c.pipeline, c.tensor): c for c in sorted(every)}.values()
         return list(dict.fromkeys([chosen, *sorted(every, key=key)]))[:CANDIDATES]
 
     def _futures(self, at: float) -> list[list[Served]]:
@@ -262,9 +271,9 @@ class Migrate:
         if not requests:
             return 0.0
         if pending is not None:
-            copy.serve_until(pending.stop_s, sharp=pending.deadline_s < math.inf)
-            progress = {d: [r.done + 1 for r in b.requests] for d, b in copy.batches.items()}
-            perform(copy, replace(pending.step, heirs=inherit(progress, pending.step.target)), pending.stop_s)
+            copy.serve_until(pending.stop_s, pending.sharp(copy.layout))
+            heirs = inherit(decoded(copy.batches), pending.step.target, pending.step.same)
+            perform(copy, replace(pending.step, heirs=heirs), pending.stop_s)
         end = at + 3 * HORIZON_S
         copy.serve_until(end)
         late = [(end if r.finished_s is None else r.finished_s) - r.arrival_s for r in requests]
@@ -283,7 +292,7 @@ class Migrate:
         self.service.layout, self.service.batches = best.target, {}
         self.service.free_s = dict.fromkeys(range(best.target.data), ready)
         self.held, self.moving_until = dict(step.goal), ready
-        self.outcome.moved(at, ready, best.target, step.moved_bytes)
+        self.outcome.moved(at, ready, ready, best.target, step.moved_bytes)
 
     def _give_up(self, at: float, now: bool) -> None:
         """The model no longer fits: serve on while the machines are there, then lose everything."""
@@ -291,4 +300,4 @@ class Migrate:
         if now and self.service.layout is not None:
             self.service.drop(list(self.service.batches))
             self.service.layout, self.held = None, {}
-            self.outcome.moved(at, at, None, 0.0)
+            self.outcome.moved(at, at, at, None, 0.0)
