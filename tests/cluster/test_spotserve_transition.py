@@ -268,6 +268,36 @@ def test_requests_that_have_just_begun_to_join_make_room_for_those_that_arrive_w
     assert batch.prefill_left_s == 0 and list(service.queue) == [joins]
 
 
+@pytest.mark.parametrize("left, joining", [(20, False), (20, True), (1, False), (1, True)])
+def test_who_arrives_takes_part_in_the_first_step_after(left, joining):
+    """Also while a prefill fills the gaps of the steps, and when nobody else is left."""
+    model = toy(layers=200)
+    one, two = model.times(Layout(1, 2, 1, 1)), model.times(Layout(1, 2, 1, 2))
+    service = Service(model, [], continuous=True)
+    service.layout = Layout(1, 2, 1, 4)
+    here, comes = Served(0, 0.0, 32, 32 - left, 32 - left), Served(1, 0.0, 32, 12, 12)
+    arrive_s = 5.0 + 4.5 * one.step
+    begun = [Served(2, 4.0, 32)] if joining else []
+    prefill = one.prefill if joining else 0.0
+    service.batches = {0: Batch([here], 5.0, prefill, begun, [comes], arrive_s)}
+    service.serve_until(1e9)
+    assert comes.finished_s is not None and comes.done == comes.generated == 32
+    most = 21 * max(one.beside(one)[0], two.beside(one)[0], model.times(Layout(1, 2, 1, 4)).step)
+    alone = one.prefill if joining and left == 1 else 0.0  # a prefill that has the stages to itself ends first
+    assert arrive_s + 20 * one.step - 1e-9 <= comes.finished_s <= arrive_s + most + alone
+
+
+def test_the_most_kv_that_may_move_covers_a_batch_with_more_requests_than_slots():
+    """A pipeline that goes on keeps its batch when the layout has fewer slots."""
+    model, old, target = toy(), Layout(2, 1, 1, 2), Layout(1, 1, 1, 8)
+    full = {d: Batch([Served(10 * d + i, 0.0, 32, 31) for i in range(6)], 5.0, 0.0) for d in range(2)}
+    mover, devices = Mover(model, Cloud(network_bytes_per_s=1e6), 96, 32), ["n0/0"]
+    held = {"n0/0": places(old)[0], "n1/0": places(old)[1]}
+    bound = mover.plan(old, held, full, target, devices, most_kv=True)
+    full[0].requests = full[0].requests[:2]
+    assert mover.plan(old, held, full, target, devices).stop_s <= bound.stop_s
+
+
 def test_only_pipelines_that_stop_are_sharp():
     """Before a deadline a pipeline that goes on begins a step that ends later; one that stops does not."""
     model, layout = toy(layers=200), Layout(2, 1, 1, 2)

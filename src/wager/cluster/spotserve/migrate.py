@@ -61,6 +61,11 @@ class Choice:
     pending: Pending | None
 
     @property
+    def stops_nobody(self) -> bool:
+        """Whether every pipeline goes on."""
+        return self.pending is None or not self.pending.step.ending
+
+    @property
     def in_time(self) -> bool:
         """Whether the move ends before the machine leaves."""
         move = self.pending
@@ -122,7 +127,7 @@ class Migrate:
         if best is None or best == layout:
             return
         model, output, continuous = self.mover.model, self.mover.output, self.service.continuous
-        reach = [controller.throughput(model, c, output, continuous) for c in (layout, best)]
+        reach = [self._reach(c) for c in (layout, best)]
         seconds = [controller.request_s(model, c, output, rate, continuous) for c in (layout, best)]
         outgrown = self._wanted(at) > reach[0] and reach[1] > reach[0] * (1 + STAYING)
         calm = not self.service.queue and seconds[1] < seconds[0] * (1 - STAYING)
@@ -190,12 +195,21 @@ class Migrate:
                 priced.append(Choice(decided.step.target, tail, decided))
             elif decided.step.target == priced[-1].target:
                 priced = [Choice(decided.step.target, 0.0, decided)]
-        best = min(priced, key=lambda c: (not c.in_time, c.tail_s))
+        best = self._best(priced)
         if stay and self.skills.look_ahead:
             staying = next(c for c in priced if c.pending is None)
             if best.tail_s > staying.tail_s * (1 - (STAYING if needless else NEAR)):
-                best = staying
+                best = self._best([c for c in priced if c.stops_nobody])
         self.pending = best.pending
+
+    def _best(self, priced: Sequence[Choice]) -> Choice:
+        """In time, with the shortest tail; of tails about as short the most throughput, for the load may grow."""
+        shortest = min(priced, key=lambda c: (not c.in_time, c.tail_s))
+        near = [c for c in priced if c.in_time == shortest.in_time and c.tail_s <= shortest.tail_s * (1 + NEAR)]
+        return max(near, key=lambda c: (self._reach(c.target), -c.tail_s))
+
+    def _reach(self, layout: Layout) -> float:
+        return controller.throughput(self.mover.model, layout, self.mover.output, self.service.continuous)
 
     def _wanted(self, at: float) -> float:
         """Requests/s: what arrives, and the queue to be worked off in one window."""
@@ -286,7 +300,7 @@ class Migrate:
         for target in candidates:
             self.service.layout, self.service.free_s = target, {}
             choices.append(self._price(at, target, devices, math.inf, True, futures))
-        best = min(choices, key=lambda c: c.tail_s)
+        best = self._best(choices)
         step = self.mover.plan(None, {}, {}, best.target, devices)
         ready = at if not self.outcome.layouts else at + self.cloud.engine_start_s + step.stop_s
         self.service.layout, self.service.batches = best.target, {}
