@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from wager.errors import UsageError
 
@@ -82,6 +83,11 @@ class ServedModel:
 
     @cached_property
     def _known_times(self) -> dict[tuple[int, int, int], StepTimes]:
+        return {}
+
+    @cached_property
+    def memo(self) -> dict[tuple[int, int, int], Any]:
+        """What the controller derives from the tables, by pipeline and tensor degree and batch."""
         return {}
 
     @property

@@ -77,12 +77,13 @@ class Service:
         self.layout: Layout | None = None
         self.batches: dict[int, Batch] = {}
         self.free_s: dict[int, float] = {}
+        self._times: dict[tuple[int, int, int], StepTimes] = {}
 
     def fork(self, coming: Sequence[Served]) -> Service:
         """A copy that serves `coming` next; the original is not touched."""
         other = Service(self.model, coming, self.continuous)
         other.queue = deque(copy.copy(r) for r in self.queue)
-        other.layout, other.free_s = self.layout, dict(self.free_s)
+        other.layout, other.free_s, other._times = self.layout, dict(self.free_s), self._times
         other.batches = {d: b.copy() for d, b in self.batches.items()}
         return other
 
@@ -164,8 +165,11 @@ class Service:
     def times(self, size: int) -> StepTimes:
         """Of a batch of that size, at the next measured size."""
         assert self.layout is not None
-        batch = next(b for b in self.model.batches if b >= size)
-        return self.model.times(Layout(1, self.layout.pipeline, self.layout.tensor, batch))
+        key = self.layout.pipeline, self.layout.tensor, size
+        if key not in self._times:
+            batch = next(b for b in self.model.batches if b >= size)
+            self._times[key] = self.model.times(Layout(1, self.layout.pipeline, self.layout.tensor, batch))
+        return self._times[key]
 
     def _advance(self, pipeline: int, end_s: float, sharp: bool) -> None:
         """Prefill of who joined, or steps up to the next end, arrival, or `end_s`."""
