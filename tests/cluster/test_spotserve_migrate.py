@@ -81,3 +81,13 @@ def test_a_notice_that_is_too_short_costs_only_the_tokens_of_pipelines_that_end(
     assert all(r.done == 32 for r in out.requests)
     assert twice and set(twice) < set(flying) and len(twice) <= len(flying) / 2
     assert out.recomputed_tokens == sum(r.generated - 32 for r in twice)
+
+
+def test_without_playing_the_controllers_choice_is_taken():
+    model, here = single(expected_rate=0.05)
+    arrivals = [Arrival(12.0 * i + 1.0, 64, 32) for i in range(9)]
+    out = SpotSimulation(
+        model, machines(leaves=False), arrivals, "spotserve", here, skills=Skills(look_ahead=False)
+    ).run()
+    first = controller.choose(model, 2, 0.05, 32, here.device_memory_bytes, 96, continuous=True)
+    assert out.layouts[0][1] == first

@@ -300,7 +300,7 @@ class Migrate:
         for target in candidates:
             self.service.layout, self.service.free_s = target, {}
             choices.append(self._price(at, target, devices, math.inf, True, futures))
-        best = self._best(choices)
+        best = self._best(choices if futures else choices[:1])
         step = self.mover.plan(None, {}, {}, best.target, devices)
         ready = at if not self.outcome.layouts else at + self.cloud.engine_start_s + step.stop_s
         self.service.layout, self.service.batches = best.target, {}
