@@ -230,7 +230,7 @@ def test_every_option_of_the_command(data, tmp_path, capsys):
     reroute = ["--policy", "reroute"]
     alone = said(*reroute).splitlines()[0]
     assert alone in plain
-    assert said(*reroute, "--min-gpus", 24).splitlines()[0] != alone
+    assert said(*reroute, "--min-gpus", 32).splitlines()[0] != alone
     assert said(*reroute, "--spot-price", 19, "--on-demand-price", 39).splitlines()[0] != alone
     rented = said(*reroute, "--allow-on-demand")
     assert "0.00 h on-demand" not in rented and said(*reroute, "--allow-on-demand", "--reserve", 2) == rented

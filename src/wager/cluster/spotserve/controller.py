@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
-
-import numpy as np
+from dataclasses import dataclass
 
 from wager.cluster.spotserve.latency import Layout, ServedModel
 from wager.errors import UsageError
@@ -29,33 +29,63 @@ def layouts(
                         yield Layout(data, pipeline, tensor, batch)
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """A continuous pipeline by measured batch size: seconds of a step, of a prefill beside the steps of so many, and by how much these become
+    longer in all; `first`: a prefill alone."""
+
+    sizes: list[int]
+    steps: list[float]
+    beside: list[float]
+    longer: list[float]
+    first: float
+
+
+def _by_size(model: ServedModel, layout: Layout) -> _Sizes:
+    key = layout.pipeline, layout.tensor, layout.batch
+    if key not in model.memo:
+        model.memo[key] = _measure(model, *key)
+    return model.memo[key]
+
+
+def _measure(model: ServedModel, pipeline: int, tensor: int, batch: int) -> _Sizes:
+    sizes = [b for b in model.batches if b <= batch]
+    times = [model.times(Layout(1, pipeline, tensor, b)) for b in sizes]
+    first, beside, longer = times[0], [], []
+    for one in times if pipeline > 1 else ():
+        step, progress = one.beside(first)
+        count = first.prefill / progress
+        beside.append(count * step)
+        longer.append(count * (step - one.step))
+    return _Sizes(sizes, [t.step for t in times], beside, longer, first.prefill)
+
+
 def request_alone_s(model: ServedModel, layout: Layout, output_tokens: int, together: float) -> float:
     """Seconds of a request of a continuous service whose pipeline serves `together` requests at a time: the steps of that size, its own prefill,
     and what the prefill of each that joins meanwhile holds it up: a stop, in a pipeline of several stages longer steps."""
-    sizes = [b for b in model.batches if b <= layout.batch]
-    steps = [model.times(Layout(1, layout.pipeline, layout.tensor, b)).step for b in sizes]
-    own = stop = model.times(Layout(1, layout.pipeline, layout.tensor, sizes[0])).prefill
-    step = float(np.interp(together, sizes, steps))
+    known = _by_size(model, layout)
+    own = stop = known.first
     if layout.pipeline > 1:
         own, stop = join_s(model, layout, together)
-    return own + (together - 1) * stop + output_tokens * step
+    return own + (together - 1) * stop + output_tokens * _between(together, known.sizes, known.steps)
 
 
 def join_s(model: ServedModel, layout: Layout, together: float) -> tuple[float, float]:
     """(seconds that a prefill takes beside the steps of `together - 1` others, by how much these become longer in all)."""
-    sizes = [b for b in model.batches if b <= layout.batch]
-    first = model.times(Layout(1, layout.pipeline, layout.tensor, sizes[0]))
-    whole, longer = [], []
-    for b in sizes:
-        times = model.times(Layout(1, layout.pipeline, layout.tensor, b))
-        step, progress = times.beside(first)
-        count = first.prefill / progress
-        whole.append(count * step)
-        longer.append(count * (step - times.step))
+    known = _by_size(model, layout)
     others = max(0.0, together - 1)
-    beside = float(np.interp(others, sizes, whole))
-    own = first.prefill + min(1.0, others) * max(0.0, beside - first.prefill)  # alone it has the stages to itself
-    return own, float(np.interp(others, sizes, longer))
+    beside = _between(others, known.sizes, known.beside)
+    own = known.first + min(1.0, others) * max(0.0, beside - known.first)  # alone it has the stages to itself
+    return own, _between(others, known.sizes, known.longer)
+
+
+def _between(x: float, sizes: list[int], values: list[float]) -> float:
+    """Linear interpolation; the first and last value beyond the ends."""
+    i = bisect_right(sizes, x)
+    if i == 0 or i == len(sizes):
+        return values[min(i, len(sizes) - 1)]
+    share = (x - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
+    return values[i - 1] + share * (values[i] - values[i - 1])
 
 
 def throughput(model: ServedModel, layout: Layout, output_tokens: int, continuous: bool = False) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from wager.cluster.spotserve import migration
 from wager.cluster.spotserve.cloud import Cloud
 from wager.cluster.spotserve.latency import Layout, ServedModel
-from wager.cluster.spotserve.mapper import Sizes, assign, inherit, places
+from wager.cluster.spotserve.mapper import Sizes, places
 from wager.cluster.spotserve.service import Batch, Served
 from wager.cluster.spotserve.transition import Mover
 from wager.errors import UsageError
@@ -40,12 +40,10 @@ def describe_move(
     if new.devices > len(devices):
         raise UsageError(f"layout {new} needs {new.devices} devices and {len(devices)} stay")
     batches = {d: Batch([Served(i, 0.0, output, done) for i in range(old.batch)], 0.0, 0.0) for d in range(old.data)}
-    heirs = inherit({d: [done + 1] * old.batch for d in batches}, new)
+    step = Mover(model, cloud, prompt + output, output).plan(old, held, batches, new, devices)
+    goal, heirs = step.goal, step.heirs
     kv = {d: old.batch * model.kv_bytes(prompt + done) for d in batches}
-    sizes = Sizes(model.layers, model.layer_bytes, kv)
-    goal = assign(old, {x: p for x, p in held.items() if x in set(devices)}, devices, new, sizes, heirs)
-    moved = migration.plan(old, held, new, goal, sizes, heirs)
-    step = Mover(model, cloud, prompt + output, output).plan(old, held, batches, new, devices, goal=None)
+    moved = migration.plan(old, held, new, goal, Sizes(model.layers, model.layer_bytes, kv), heirs)
     lines = [f"{old} to {new}" + (f", without {', '.join(lost)}" if lost else "")]
     for device, place in sorted(goal.items(), key=lambda item: item[1]):
         before = held.get(device)
@@ -58,6 +56,8 @@ def describe_move(
             f"pipeline {new_d} takes those of {' and '.join(map(str, olds))}" for new_d, olds in sorted(heirs.items())
         )
         + (f"; computed again: those of {', '.join(map(str, gone))}" if gone else ""),
+        "go on without a stop: "
+        + (", ".join(f"pipeline {d} as {new_d}" for new_d, d in sorted(step.same.items())) or "none"),
         f"in place {moved.reused_bytes / GB:.2f} GB, moved {moved.moved_bytes / GB:.2f} GB "
         f"(KV {sum(t.size_bytes for t in moved.transfers if t.kind == 'kv') / GB:.2f}, "
         f"from storage {sum(t.size_bytes for t in moved.transfers if t.source == migration.STORAGE) / GB:.2f})",

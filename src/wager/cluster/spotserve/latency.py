@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from wager.errors import UsageError
 
@@ -38,23 +39,23 @@ class Layout:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds: `prefill` of the batch, `step` per token after it. A stage works for `busy` of a step and has nothing to do in the rest; `wait`: how
-    long the micro-batches of a step wait at most for layers of a prefill of that batch to end, where these fill the rest."""
+    """Seconds: `prefill` of the batch, `step` per token after it. A stage works for `busy` of a step and has nothing to do in the rest, and for
+    `prefill_layer` on a layer of one micro-batch of the prefill."""
 
     prefill: float
     step: float
     busy: float
-    micro_batches: int
-    wait: float
+    prefill_layer: float
 
     def total(self, tokens: int) -> float:
         return self.prefill + tokens * self.step
 
     def beside(self, joining: StepTimes) -> tuple[float, float]:
         """(seconds of a step, seconds of the prefill done in it) while a prefill of `joining` fills what steps leave of the stages. Whoever
-        decodes goes first, but a layer that has begun ends: every micro-batch waits for a whole one in each stage where the prefill is."""
-        step = self.step + self.micro_batches * joining.wait
-        return step, step - self.busy
+        decodes goes first, but a layer that has begun ends: a stage does whole layers of the prefill between its work on two steps, and the
+        second waits for the rest of the last one."""
+        progress = math.ceil((self.step - self.busy) / joining.prefill_layer - 1e-9) * joining.prefill_layer
+        return self.busy + progress, progress
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class ServedModel:
 
     @cached_property
     def _known_times(self) -> dict[tuple[int, int, int], StepTimes]:
+        return {}
+
+    @cached_property
+    def memo(self) -> dict[tuple[int, int, int], Any]:
+        """What the controller derives from the tables, by pipeline and tensor degree and batch."""
         return {}
 
     @property
@@ -119,9 +125,9 @@ class ServedModel:
             for m in splits
         )
         busy = self.decode_ms[layout.tensor, layout.batch // micro_batches] * stage * micro_batches + embed
-        wait = self.prefill_ms[layout.tensor, layout.batch // parts] * min(parts, layout.pipeline)
         ms = self.fix / 1e3
-        return StepTimes(ms * prefill, ms * (step + embed), ms * busy, micro_batches, ms * wait)
+        layer = self.prefill_ms[layout.tensor, layout.batch // parts]
+        return StepTimes(ms * prefill, ms * (step + embed), ms * busy, ms * layer)
 
 
 def read_model(folder: str | Path, name: str) -> ServedModel:

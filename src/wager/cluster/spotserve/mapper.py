@@ -6,7 +6,8 @@ A device that held another place has some of that. The assignment with the most 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,16 +68,20 @@ def reusable_bytes(old: Layout, old_place: Place, new: Layout, new_place: Place,
     return common * bytes_each
 
 
-def inherit(old_batches: Mapping[int, Sequence[int]], new: Layout) -> Heirs:
-    """Which old pipelines' batches go on where. `old_batches[d]`: the tokens decoded so far of each request of pipeline d.
+def inherit(old_batches: Mapping[int, Sequence[int]], new: Layout, same: Mapping[int, int] | None = None) -> Heirs:
+    """Which old pipelines' batches go on where. `old_batches[d]`: the tokens decoded so far of each request of pipeline d; same: new
+    pipelines that an old one goes on as, with its batch.
 
-    The batches with most decoded tokens choose first: their own number, else an empty pipeline, else the emptiest with enough free slots.
-    Batches that find none are left out.
+    Of the others, the batches with most decoded tokens choose first: their own number if nobody has it, else an empty pipeline, else the
+    emptiest with enough free slots. Batches that find none are left out.
     """
-    by_progress = sorted((d for d, batch in old_batches.items() if batch), key=lambda d: (-sum(old_batches[d]), d))
-    heirs: dict[int, tuple[int, ...]] = {}
-    slots = dict.fromkeys(range(new.data), new.batch)
-    own = [d for d in by_progress[: new.data] if d < new.data]
+    heirs: dict[int, tuple[int, ...]] = {p: (d,) for p, d in (same or {}).items()}
+    slots = {p: new.batch - sum(len(old_batches.get(d, ())) for d in heirs.get(p, ())) for p in range(new.data)}
+    going_on = {d for old in heirs.values() for d in old}
+    by_progress = sorted(
+        (d for d, batch in old_batches.items() if batch and d not in going_on), key=lambda d: (-sum(old_batches[d]), d)
+    )
+    own = [d for d in by_progress[: new.data - len(heirs)] if d < new.data and d not in heirs]
     for d in own + [d for d in by_progress if d not in own]:
         size = len(old_batches[d])
         if d in own:
@@ -90,6 +95,22 @@ def inherit(old_batches: Mapping[int, Sequence[int]], new: Layout) -> Heirs:
     return heirs
 
 
+def surviving(
+    old: Layout, held: Mapping[str, Place], devices: Iterable[str], new: Layout, progress: Mapping[int, int]
+) -> dict[int, int]:
+    """new pipeline -> old pipeline of the same shape, all of whose devices stay, so that it can go on as it is: those with most `progress`
+    (tokens decoded, by old pipeline) where there are more than pipelines."""
+    if (old.pipeline, old.tensor) != (new.pipeline, new.tensor):
+        return {}
+    here, whole = set(devices), Counter(p.data for p in held.values())
+    gone = {p.data for x, p in held.items() if x not in here}
+    stay = [d for d, n in whole.items() if n == old.pipeline * old.tensor and d not in gone]
+    stay = sorted(stay, key=lambda d: (-progress.get(d, 0), d))[: new.data]
+    numbers = {d: d for d in stay if d < new.data}
+    free = (p for p in range(new.data) if p not in numbers)
+    return numbers | {next(free): d for d in stay if d not in numbers}
+
+
 def assign(
     old: Layout | None,
     held: Mapping[str, Place],
@@ -97,13 +118,18 @@ def assign(
     new: Layout,
     sizes: Sizes,
     heirs: Heirs,
+    same: Mapping[int, int] | None = None,
 ) -> dict[str, Place]:
-    """Device -> place with the most reusable bytes in all. `held`: places of the devices that are still there; others are new or idle."""
-    goals = places(new)
+    """Device -> place with the most reusable bytes in all. `held`: places of the devices that are still there; others are new or idle.
+    same: new pipeline -> old pipeline whose devices keep their stages and shards."""
+    number = {d: p for p, d in (same or {}).items()}
+    kept = {x: Place(number[p.data], p.stage, p.shard) for x, p in held.items() if p.data in number}
+    goals = [p for p in places(new) if p.data not in (same or {})]
+    devices = [x for x in devices if x not in kept]
     weight = np.zeros((len(devices), len(goals)))
     if old is not None:
         for i, device in enumerate(devices):
             if device in held:
                 weight[i] = [reusable_bytes(old, held[device], new, goal, sizes, heirs) for goal in goals]
     rows, columns = linear_sum_assignment(weight, maximize=True)
-    return {devices[int(i)]: goals[int(j)] for i, j in zip(rows, columns, strict=True)}
+    return kept | {devices[int(i)]: goals[int(j)] for i, j in zip(rows, columns, strict=True)}

@@ -20,7 +20,7 @@ from wager.cluster.spotserve.load import Load
 from wager.cluster.spotserve.mapper import Place, inherit
 from wager.cluster.spotserve.outcome import Outcome
 from wager.cluster.spotserve.service import Served, Service
-from wager.cluster.spotserve.transition import Mover, Transition, perform
+from wager.cluster.spotserve.transition import Mover, Transition, decoded, perform
 
 CANDIDATES = 10  # layouts that are played
 FUTURES = 2  # forecasts each is played on
@@ -45,6 +45,12 @@ class Pending:
     stop_s: float
     deadline_s: float
 
+    def sharp(self, layout: Layout | None) -> set[int]:
+        """Pipelines of `layout` that must not work beyond `stop_s`."""
+        if layout is None or self.deadline_s == math.inf:
+            return set()
+        return set(range(layout.data)) - set(self.step.same.values())
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -53,6 +59,11 @@ class Choice:
     target: Layout
     tail_s: float
     pending: Pending | None
+
+    @property
+    def stops_nobody(self) -> bool:
+        """Whether every pipeline goes on."""
+        return self.pending is None or not self.pending.step.ending
 
     @property
     def in_time(self) -> bool:
@@ -116,7 +127,7 @@ class Migrate:
         if best is None or best == layout:
             return
         model, output, continuous = self.mover.model, self.mover.output, self.service.continuous
-        reach = [controller.throughput(model, c, output, continuous) for c in (layout, best)]
+        reach = [self._reach(c) for c in (layout, best)]
         seconds = [controller.request_s(model, c, output, rate, continuous) for c in (layout, best)]
         outgrown = self._wanted(at) > reach[0] and reach[1] > reach[0] * (1 + STAYING)
         calm = not self.service.queue and seconds[1] < seconds[0] * (1 - STAYING)
@@ -134,18 +145,19 @@ class Migrate:
         )
         if at + done.stop_s > pending.deadline_s + 1e-6:
             # the notice is too short for all of it: KV is given up, and what the leaving machines hold comes from elsewhere
+            lost = set(service.batches) - set(done.same.values())
             self.outcome.log(
                 at,
                 "lost",
-                f"{sum(len(b.requests) for b in service.batches.values())} requests lose their tokens: the notice is too short",
+                f"{sum(len(service.batches[d].started) for d in lost)} requests lose their tokens: the notice is too short",
             )
-            service.drop(list(service.batches))
+            service.drop(sorted(lost))
             self.held = {x: p for x, p in self.held.items() if x in set(devices)}
-            done = self.mover.plan(service.layout, self.held, {}, step.target, devices, ahead_for_s=0.0)
+            done = self.mover.plan(service.layout, self.held, service.batches, step.target, devices, ahead_for_s=0.0)
         perform(service, done, at)
         self.held = dict(done.goal)
         self.moving_until = at + done.stop_s
-        self.outcome.moved(at, at + done.stop_s, done.target, done.moved_bytes)
+        self.outcome.moved(at, at + done.stop_s, at + done.stall_s, done.target, done.moved_bytes)
 
     # -- what to do --------------------------------------------------------------------------------------------------------------
 
@@ -183,12 +195,21 @@ class Migrate:
                 priced.append(Choice(decided.step.target, tail, decided))
             elif decided.step.target == priced[-1].target:
                 priced = [Choice(decided.step.target, 0.0, decided)]
-        best = min(priced, key=lambda c: (not c.in_time, c.tail_s))
+        best = self._best(priced)
         if stay and self.skills.look_ahead:
             staying = next(c for c in priced if c.pending is None)
             if best.tail_s > staying.tail_s * (1 - (STAYING if needless else NEAR)):
-                best = staying
+                best = self._best([c for c in priced if c.stops_nobody])
         self.pending = best.pending
+
+    def _best(self, priced: Sequence[Choice]) -> Choice:
+        """In time, with the shortest tail; of tails about as short the most throughput, for the load may grow."""
+        shortest = min(priced, key=lambda c: (not c.in_time, c.tail_s))
+        near = [c for c in priced if c.in_time == shortest.in_time and c.tail_s <= shortest.tail_s * (1 + NEAR)]
+        return max(near, key=lambda c: (self._reach(c.target), -c.tail_s))
+
+    def _reach(self, layout: Layout) -> float:
+        return controller.throughput(self.mover.model, layout, self.mover.output, self.service.continuous)
 
     def _wanted(self, at: float) -> float:
         """Requests/s: what arrives, and the queue to be worked off in one window."""
@@ -220,6 +241,8 @@ class Migrate:
             seconds = controller.request_s(model, c, output, wanted, continuous) if wanted < math.inf else math.inf
             return seconds, -controller.throughput(model, c, output, continuous), c.devices
 
+        if continuous:  # a slot that is not used costs no time: of otherwise equal layouts the one with most slots
+            every = {(c.data, c.pipeline, c.tensor): c for c in sorted(every)}.values()
         return list(dict.fromkeys([chosen, *sorted(every, key=key)]))[:CANDIDATES]
 
     def _futures(self, at: float) -> list[list[Served]]:
@@ -262,9 +285,9 @@ class Migrate:
         if not requests:
             return 0.0
         if pending is not None:
-            copy.serve_until(pending.stop_s, sharp=pending.deadline_s < math.inf)
-            progress = {d: [r.done + 1 for r in b.requests] for d, b in copy.batches.items()}
-            perform(copy, replace(pending.step, heirs=inherit(progress, pending.step.target)), pending.stop_s)
+            copy.serve_until(pending.stop_s, pending.sharp(copy.layout))
+            heirs = inherit(decoded(copy.batches), pending.step.target, pending.step.same)
+            perform(copy, replace(pending.step, heirs=heirs), pending.stop_s)
         end = at + 3 * HORIZON_S
         copy.serve_until(end)
         late = [(end if r.finished_s is None else r.finished_s) - r.arrival_s for r in requests]
@@ -277,13 +300,13 @@ class Migrate:
         for target in candidates:
             self.service.layout, self.service.free_s = target, {}
             choices.append(self._price(at, target, devices, math.inf, True, futures))
-        best = min(choices, key=lambda c: c.tail_s)
+        best = self._best(choices if futures else choices[:1])
         step = self.mover.plan(None, {}, {}, best.target, devices)
         ready = at if not self.outcome.layouts else at + self.cloud.engine_start_s + step.stop_s
         self.service.layout, self.service.batches = best.target, {}
         self.service.free_s = dict.fromkeys(range(best.target.data), ready)
         self.held, self.moving_until = dict(step.goal), ready
-        self.outcome.moved(at, ready, best.target, step.moved_bytes)
+        self.outcome.moved(at, ready, ready, best.target, step.moved_bytes)
 
     def _give_up(self, at: float, now: bool) -> None:
         """The model no longer fits: serve on while the machines are there, then lose everything."""
@@ -291,4 +314,4 @@ class Migrate:
         if now and self.service.layout is not None:
             self.service.drop(list(self.service.batches))
             self.service.layout, self.held = None, {}
-            self.outcome.moved(at, at, None, 0.0)
+            self.outcome.moved(at, at, at, None, 0.0)

@@ -55,7 +55,7 @@ class Outcome:
         self.happened.append(Happening(at_s, kind, what))
 
     def adopted(self, at_s: float, layout: Layout | None, ready_s: float) -> None:
-        """A layout that begins at `at_s`; its pipelines stand still until `ready_s`."""
+        """A layout that begins at `at_s`; pipelines that do not go on stand still until `ready_s`."""
         before = self.layouts[-1][1] if self.layouts else None
         if layout != before or ready_s > at_s:
             self.log(at_s, "layout", f"{described(before)} -> {described(layout)}")
@@ -65,9 +65,9 @@ class Outcome:
         self.layouts.append((at_s, layout))
         self.stalls_s += max(0.0, ready_s - at_s)
 
-    def moved(self, at_s: float, ready_s: float, layout: Layout | None, size_bytes: float) -> None:
-        """The same, by a migration."""
-        self.adopted(at_s, layout, ready_s)
+    def moved(self, at_s: float, ready_s: float, still_s: float, layout: Layout | None, size_bytes: float) -> None:
+        """The same, by a migration: pipelines that do not go on stand still until `still_s`, all bytes are there at `ready_s`."""
+        self.adopted(at_s, layout, still_s)
         if size_bytes:
             self.log(at_s, "migration", f"{size_bytes / 1e9:.2f} GB, done at {ready_s:.1f} s")
         self.moves.append((at_s, ready_s))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from wager.cluster.spotserve import arranger
@@ -35,16 +35,36 @@ class Served:
 @dataclass(eq=False)
 class Batch:
     """A pipeline's requests at work. `ready_s`: when its next step begins, or the prefill of those that joined last (`prefill_left_s` long).
-    joining: whose prefill fills the gaps of the others' steps."""
+    joining: whose prefill fills the gaps of the others' steps. arriving: who go on here once their KV has come, at `arrive_s`."""
 
     requests: list[Served]
     ready_s: float
     prefill_left_s: float
     joining: list[Served] = field(default_factory=list)
+    arriving: list[Served] = field(default_factory=list)
+    arrive_s: float = math.inf
 
     @property
     def everyone(self) -> list[Served]:
-        return [*self.requests, *self.joining]
+        return [*self.requests, *self.joining, *self.arriving]
+
+    @property
+    def started(self) -> list[Served]:
+        """Requests that have KV: all but those whose prefill is under way."""
+        if self.joining:
+            return [*self.requests, *self.arriving]
+        return [*(r for r in self.requests if r.done or self.prefill_left_s == 0), *self.arriving]
+
+    def copy(self) -> Batch:
+        lists = ([copy.copy(r) for r in x] for x in (self.requests, self.joining, self.arriving))
+        requests, joining, arriving = lists
+        return Batch(requests, self.ready_s, self.prefill_left_s, joining, arriving, self.arrive_s)
+
+    def arrive(self) -> None:
+        """Those whose KV has come by the next step take part in it."""
+        if self.arriving and self.arrive_s <= self.ready_s and (self.joining or self.prefill_left_s == 0):
+            self.requests += self.arriving
+            self.arriving, self.arrive_s = [], math.inf
 
 
 class Service:
@@ -57,26 +77,22 @@ class Service:
         self.layout: Layout | None = None
         self.batches: dict[int, Batch] = {}
         self.free_s: dict[int, float] = {}
+        self._times: dict[tuple[int, int, int], StepTimes] = {}
 
     def fork(self, coming: Sequence[Served]) -> Service:
         """A copy that serves `coming` next; the original is not touched."""
         other = Service(self.model, coming, self.continuous)
         other.queue = deque(copy.copy(r) for r in self.queue)
-        other.layout, other.free_s = self.layout, dict(self.free_s)
-        other.batches = {
-            d: Batch(
-                *([copy.copy(r) for r in b.requests], b.ready_s, b.prefill_left_s), [copy.copy(r) for r in b.joining]
-            )
-            for d, b in self.batches.items()
-        }
+        other.layout, other.free_s, other._times = self.layout, dict(self.free_s), self._times
+        other.batches = {d: b.copy() for d, b in self.batches.items()}
         return other
 
     def unfinished(self) -> list[Served]:
         """Requests that wait or are at work."""
         return [*self.queue, *(r for b in self.batches.values() for r in b.everyone)]
 
-    def serve_until(self, end_s: float, sharp: bool = False) -> None:
-        """Run batches to `end_s`, whole steps only. sharp: no step or prefill that would end later is begun; otherwise one may."""
+    def serve_until(self, end_s: float, sharp: Container[int] = ()) -> None:
+        """Run batches to `end_s`, whole steps only. sharp: pipelines that begin no step or prefill that would end later; others may."""
         while True:
             start = self._earliest()
             if start is None or start[0] >= end_s:
@@ -86,7 +102,7 @@ class Service:
             if self.coming and self.coming[0].arrival_s <= at:
                 self._collect_arrivals(self.coming[0].arrival_s)
             elif pipeline in self.batches:
-                self._advance(pipeline, end_s, sharp)
+                self._advance(pipeline, end_s, pipeline in sharp)
             else:
                 self._begin(pipeline, at)
 
@@ -149,12 +165,16 @@ class Service:
     def times(self, size: int) -> StepTimes:
         """Of a batch of that size, at the next measured size."""
         assert self.layout is not None
-        batch = next(b for b in self.model.batches if b >= size)
-        return self.model.times(Layout(1, self.layout.pipeline, self.layout.tensor, batch))
+        key = self.layout.pipeline, self.layout.tensor, size
+        if key not in self._times:
+            batch = next(b for b in self.model.batches if b >= size)
+            self._times[key] = self.model.times(Layout(1, self.layout.pipeline, self.layout.tensor, batch))
+        return self._times[key]
 
     def _advance(self, pipeline: int, end_s: float, sharp: bool) -> None:
         """Prefill of who joined, or steps up to the next end, arrival, or `end_s`."""
         batch = self.batches[pipeline]
+        batch.arrive()
         if batch.joining:
             self._advance_both(pipeline, batch, end_s, sharp)
             return
@@ -204,6 +224,7 @@ class Service:
         at = batch.ready_s
         step, progress = self._beside(batch)
         steps = min(min(r.tokens - r.done for r in batch.requests), math.ceil(batch.prefill_left_s / progress))
+        steps = min(steps, self._until_arrival(batch, step))
         if sharp:
             steps = min(steps, arranger.steps_before_leaving(end_s - at, 0.0, step, steps))
             if not steps:
@@ -217,31 +238,38 @@ class Service:
             batch.joining = []
         else:
             joined = []
-        self._step(pipeline, batch, steps, at + steps * step)
-        batch.requests += joined
-        if joined or batch.joining:
-            self.batches[pipeline] = batch
-        if not batch.requests:  # the rest of the prefill has the stages to itself
-            batch.requests, batch.joining = batch.joining, []
+        self._step(pipeline, batch, steps, at + steps * step, joined)
 
     def _undisturbed(self, batch: Batch, step: float) -> int:
         """Steps until somebody may want to join: at the first step that begins after the next arrival."""
         assert self.layout is not None
-        if not self.continuous or len(batch.requests) >= self.layout.batch:
-            return max(r.tokens for r in batch.requests)
+        steps = min(max(r.tokens for r in batch.requests), self._until_arrival(batch, step))
+        if not self.continuous or len(batch.everyone) >= self.layout.batch:
+            return steps
         if self.queue or not self.coming:
-            return 1 if self.queue else max(r.tokens for r in batch.requests)
-        return max(1, math.ceil((self.coming[0].arrival_s - batch.ready_s) / step))
+            return 1 if self.queue else steps
+        return min(steps, max(1, math.ceil((self.coming[0].arrival_s - batch.ready_s) / step)))
 
-    def _step(self, pipeline: int, batch: Batch, steps: int, end_s: float) -> None:
-        """`steps` tokens for each request, the last at `end_s`."""
+    def _until_arrival(self, batch: Batch, step: float) -> int:
+        """Steps until the KV of those that arrive is there; without such more than any request has."""
+        if not batch.arriving:
+            return max(r.tokens for r in batch.requests)
+        return max(1, math.ceil((batch.arrive_s - batch.ready_s) / step))
+
+    def _step(self, pipeline: int, batch: Batch, steps: int, end_s: float, joined: Sequence[Served] = ()) -> None:
+        """`steps` tokens for each request, the last at `end_s`; then those that joined take part."""
         batch.ready_s = end_s
         for r in batch.requests:
             r.done += steps
             r.generated += steps
             if r.done >= r.tokens:
                 r.finished_s = end_s
-        batch.requests = [r for r in batch.requests if r.done < r.tokens]
+        batch.requests = [*(r for r in batch.requests if r.done < r.tokens), *joined]
+        if not batch.requests and batch.joining:  # the rest of the prefill has the stages to itself
+            batch.requests, batch.joining = batch.joining, []
+        elif not batch.requests and batch.arriving:
+            batch.ready_s = max(end_s, batch.arrive_s)
+            batch.arrive()
         if not batch.requests:
             del self.batches[pipeline]
             self.free_s[pipeline] = end_s

@@ -152,7 +152,7 @@ class SpotSimulation:
         while events or (self.migrate is not None and self.migrate.pending is not None):
             pending = None if self.migrate is None else self.migrate.pending
             if self.migrate is not None and pending is not None and (not events or pending.stop_s <= events[0][0]):
-                self.service.serve_until(pending.stop_s, sharp=pending.deadline_s < float("inf"))
+                self.service.serve_until(pending.stop_s, pending.sharp(self.service.layout))
                 self.migrate.stop(pending.stop_s)
                 continue
             event = heapq.heappop(events)[3]
@@ -207,7 +207,7 @@ class SpotSimulation:
         while events or policy.pending is not None:
             pending = policy.pending
             if pending is not None and (not events or pending.stop_s <= events[0].time_s):
-                self.service.serve_until(pending.stop_s, sharp=pending.deadline_s < float("inf"))
+                self.service.serve_until(pending.stop_s, pending.sharp(self.service.layout))
                 policy.stop(pending.stop_s)
                 continue
             event = events.popleft()

@@ -2,6 +2,7 @@
 
 Weights of the next layout move ahead into whatever memory the present one leaves free, on a share of the networks. After the stop come
 the KV, then the other weights; a pipeline goes on as soon as its stages have what is theirs, later stages while earlier ones work already.
+A pipeline that keeps its shape and machines does not stop; requests of those that end take part in its steps once their KV is there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from wager.cluster.spotserve import arranger, migration
 from wager.cluster.spotserve.cloud import Cloud
 from wager.cluster.spotserve.latency import Layout, ServedModel
-from wager.cluster.spotserve.mapper import Heirs, Place, Sizes, assign, inherit, stage_layers
+from wager.cluster.spotserve.mapper import Heirs, Place, Sizes, assign, inherit, stage_layers, surviving
 from wager.cluster.spotserve.migration import STORAGE, Transfer
 from wager.cluster.spotserve.service import Batch, Served, Service
 
@@ -23,7 +24,7 @@ Stage = tuple[int, int]  # pipeline, stage
 @dataclass(frozen=True)
 class Transition:
     """`goal`: device -> place. ahead: moved before the stop, in `ahead_s` seconds; after it, stage (d, p) has its bytes `ready_s` seconds after
-    the stop. same: new pipelines that keep devices, layers and shards of an old one, and so need not stop."""
+    the stop. same: new pipelines that keep devices, layers and shards of an old one, and go on without a stop; ending: how many old ones do not."""
 
     target: Layout
     goal: dict[str, Place]
@@ -33,11 +34,19 @@ class Transition:
     after: tuple[Transfer, ...]
     ready_s: Mapping[Stage, float]
     same: Mapping[int, int]
+    ending: int
 
     @property
     def stop_s(self) -> float:
         """From the stop until every stage is ready."""
         return max(self.ready_s.values(), default=0.0)
+
+    @property
+    def stall_s(self) -> float:
+        """How long those that replace pipelines are not there; 0 when all go on."""
+        if not self.ending:
+            return 0.0
+        return max((s for (d, _), s in self.ready_s.items() if d not in self.same), default=0.0)
 
     @property
     def moved_bytes(self) -> float:
@@ -68,18 +77,23 @@ class Mover:
         were full of finished requests and all of them found a place, which bounds what may have to move later. ahead_for_s: time until the stop must come.
         """
         model = self.model
-        if most_kv and layout is not None:
-            heirs = inherit({d: [1] for d in range(layout.data)}, target)
-            kv = dict.fromkeys(range(layout.data), layout.batch * model.kv_bytes(self.context))
+        decided, progress = goal is not None, decoded(batches)
+        if goal is not None or layout is None:
+            same = continuing(layout, held, target, goal or {})
         else:
-            heirs = inherit({d: [r.done + 1 for r in b.requests] for d, b in batches.items()}, target)
+            same = surviving(layout, held, devices, target, {d: sum(tokens) for d, tokens in progress.items()})
+        if most_kv and layout is not None:
+            heirs = inherit({d: [1] for d in range(layout.data)}, target, same)
+            most = {d: max(layout.batch, len(batches[d].everyone) if d in batches else 0) for d in range(layout.data)}
+            kv = {d: n * model.kv_bytes(self.context) for d, n in most.items()}
+        else:
+            heirs = inherit(progress, target, same)
             prompt = self.context - self.output
-            kv = {d: sum(model.kv_bytes(prompt + r.done) for r in b.requests) for d, b in batches.items()}
+            kv = {d: sum(model.kv_bytes(prompt + r.done) for r in b.started) for d, b in batches.items()}
         sizes = Sizes(model.layers, model.layer_bytes, kv)
-        decided = goal is not None
         if goal is None:
             here = set(devices)
-            goal = assign(layout, {x: p for x, p in held.items() if x in here}, devices, target, sizes, heirs)
+            goal = assign(layout, {x: p for x, p in held.items() if x in here}, devices, target, sizes, heirs, same)
         moved = migration.plan(layout, held, target, goal, sizes, heirs)
         if decided:
             known = {_piece(t) for t in arrived}
@@ -89,8 +103,8 @@ class Mover:
             ahead, ahead_s = self._ahead(layout, held, moved.transfers, ahead_for_s)
             taken = {_piece(t) for t in ahead}
             after = tuple(t for t in moved.transfers if _piece(t) not in taken)
-        same = continuing(layout, held, target, goal)
-        return Transition(target, dict(goal), heirs, ahead, ahead_s, after, self._ready(after, goal, same), same)
+        ready, ending = self._ready(after, goal, same), 0 if layout is None else layout.data - len(same)
+        return Transition(target, dict(goal), heirs, ahead, ahead_s, after, ready, same, ending)
 
     def _ahead(
         self, layout: Layout | None, held: Mapping[str, Place], transfers: Sequence[Transfer], within_s: float
@@ -180,46 +194,63 @@ class _Clock:
         return max(self.busy_s[end] for end in ends) + seconds
 
 
+def decoded(batches: Mapping[int, Batch]) -> dict[int, list[int]]:
+    """By pipeline: tokens that the requests with KV have decoded, and one for the prompt."""
+    return {d: [r.done + 1 for r in b.started] for d, b in batches.items()}
+
+
 def perform(service: Service, step: Transition, stop_s: float) -> None:
     """At `stop_s`, the service has the new layout: batches whose KV is inherited go on, the others wait and are computed again."""
     target = step.target
     free: dict[int, float] = {}
     kept: dict[int, Batch] = {}
     olds = dict(service.batches)
+    going_on = {new: olds.pop(old) for new, old in step.same.items() if old in olds}
     prefill = service.model.times(Layout(1, target.pipeline, target.tensor, min(service.model.batches))).prefill
     decode = service.model.times(Layout(1, target.pipeline, target.tensor, target.batch)).step
     for new in range(target.data):
         ready = [step.ready_s[new, p] for p in range(target.pipeline)]
-        sources = step.heirs.get(new, ())
-        if new in step.same and max(ready) == 0 and sources in ((), (step.same[new],)):
-            before = step.same[new]
-            free[new] = max(stop_s, service.free_s.get(before, 0.0))
-            if before in olds:
-                kept[new] = olds.pop(before)
-            continue
-        moved = []
-        for old in sources:
-            started = _started(olds[old])
-            if started and arranger.worth_moving(max(ready), service.done_s(olds[old])):
-                batch = olds.pop(old)
+        arrive_s, moved = stop_s + _pipelined(ready, decode), []
+        for old in step.heirs.get(new, ()):
+            batch = olds.get(old)
+            if batch is not None and batch.started and arranger.worth_moving(max(ready), service.done_s(batch)):
+                started = batch.started
                 service.put_back([r for r in batch.everyone if r not in started])
-                moved.append(Batch(started, batch.ready_s, 0.0))
-        free[new] = stop_s + _pipelined(ready, prefill)
-        if moved:
-            requests = sorted((r for b in moved for r in b.requests), key=lambda r: -r.done)
-            ended_s = max(b.ready_s for b in moved)  # of the step that ran when the stop came
-            kept[new] = Batch(requests[: target.batch], max(ended_s, stop_s + _pipelined(ready, decode)), 0.0)
-            service.put_back(requests[target.batch :])
+                moved += started
+                arrive_s = max(arrive_s, batch.ready_s)  # the step that ran when the stop came
+                del olds[old]
+        if new in step.same:
+            free[new] = max(stop_s, service.free_s.get(step.same[new], 0.0))
+        else:
+            free[new] = stop_s + _pipelined(ready, prefill)
+        batch = going_on.get(new)
+        slots = target.batch if batch is None else target.batch - len(batch.started)
+        moved.sort(key=lambda r: -r.done)
+        moved, late = moved[: max(0, slots)], moved[max(0, slots) :]
+        service.put_back(late)
+        if batch is not None:
+            kept[new] = batch
+            if moved:
+                _receive(service, batch, moved, arrive_s, target.batch)
+        elif moved:
+            kept[new] = Batch(moved, max(arrive_s, free[new]) if new in step.same else arrive_s, 0.0)
     service.batches = olds
     service.drop(list(olds))
     service.layout, service.batches, service.free_s = target, kept, free
 
 
-def _started(batch: Batch) -> list[Served]:
-    """Requests that have KV to move: all, unless a prefill is under way; then those that were there before it."""
-    if batch.joining:
-        return batch.requests
-    return [r for r in batch.requests if r.done or batch.prefill_left_s == 0]
+def _receive(service: Service, batch: Batch, moved: list[Served], arrive_s: float, slots: int) -> None:
+    """`moved` take part in a batch that goes on, from `arrive_s`. Whose prefill is under way makes room for them."""
+    started = batch.started
+    begun = [r for r in batch.everyone if r not in started]
+    back = begun[max(0, slots - len(started) - len(moved)) :]
+    for r in back:
+        (batch.joining if batch.joining else batch.requests).remove(r)
+    service.put_back(back)
+    if len(back) == len(begun):
+        batch.prefill_left_s = 0.0
+    batch.arrive_s = arrive_s if not batch.arriving else max(arrive_s, batch.arrive_s)
+    batch.arriving += moved
 
 
 def _pipelined(ready: Sequence[float], work_s: float) -> float:
