@@ -242,7 +242,7 @@ class Shelf:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", repeats=False)
     parser.add_argument("--data", type=Path, required=True, help="folder of the shared data sets")
     parser.add_argument(
         "--part",

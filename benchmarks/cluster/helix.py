@@ -144,7 +144,7 @@ def draw(facts: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", repeats=False)
     parser.add_argument("--data", type=Path, required=True, help="folder of the shared data sets")
     parser.add_argument(
         "--part", choices=("all", "solve", "serve", "published"), default="all", help="what to measure now"

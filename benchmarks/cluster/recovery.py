@@ -163,7 +163,7 @@ def plot(run: Run, cold: Run, path: Path) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", repeats=False)
     parser.add_argument("--plot", type=Path, default=None, help="timeline of tokens and kills")
     args = parser.parse_args()
     quick = args.quick

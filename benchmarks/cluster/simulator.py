@@ -237,7 +237,7 @@ def draw(pictures: list[tuple[Timeline, Timeline]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", repeats=False)
     parser.add_argument("--data", type=Path, required=True, help="folder of the shared data sets")
     parser.add_argument("--model", type=Path, default=Path("~/.cache/wager/llama-100m").expanduser())
     args = parser.parse_args()

@@ -196,7 +196,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", repeats=False)
     parser.add_argument("--data", type=Path, required=True, help="folder of the shared data sets")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     args = parser.parse_args()
