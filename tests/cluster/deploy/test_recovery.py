@@ -5,7 +5,9 @@ import signal
 from dataclasses import replace
 
 from tests.cluster.deploy.conftest import PARAMS, PROMPTS, TOKENS, generate
+from wager.cluster.deploy import replica as replica_module
 from wager.cluster.deploy.engine import run_all
+from wager.serve.parallel.wire import StageLost
 from wager.serve.params import OutputKind
 
 
@@ -36,6 +38,23 @@ def test_killed_twice_each_token_streams_once(local_pipeline, undisturbed):
         ("kill", 1, "memory"),
     ]
     assert engine.core.tokens_computed_again == 0
+
+
+def test_stages_whose_connection_tells_them_nothing_are_started_again(local_pipeline, undisturbed, monkeypatch):
+    engine, replica = local_pipeline
+    before, stuck = len(replica.events), engine.core.runner.group
+
+    def cut(*args):
+        raise StageLost("a member is gone")
+
+    monkeypatch.setattr(replica_module, "DISMISS_S", 0.1)
+    monkeypatch.setattr(stuck, "post_message", cut)
+    monkeypatch.setattr(stuck, "close", lambda: None)  # its connections stay open, so the stages go on waiting
+    assert generate(engine) == undisturbed
+    assert [(e.kind, e.stage, e.weights_from) for e in replica.events[before:]] == [
+        ("kill", 0, "memory"),
+        ("kill", 1, "memory"),
+    ]
 
 
 def test_notice_moves_a_stage_without_computing_anything_again(local_pipeline, undisturbed):

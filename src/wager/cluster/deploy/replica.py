@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +27,10 @@ from wager.serve.parallel.pipeline import KVLost, PipelineRunner, live_blocks
 from wager.serve.parallel.stage import StageSpec
 from wager.serve.parallel.wire import Group, Meeting, StageLost
 
+log = logging.getLogger(__name__)
+
 ATTEMPTS = 5  # to form a group before giving up
+DISMISS_S = 5.0  # for a stage to end its part of a step and to see that its group is closed; three steps where these take longer
 NETWORK_BYTES_PER_S = 2e8  # taken until a migration was measured
 MARGIN = 1.5  # on the estimated time of a migration
 
@@ -158,7 +162,7 @@ class Replica:
         begun = time.perf_counter()
         assert self.runner is not None
         self.runner.group.close()
-        wait([p.serving for p in self.places if p.serving is not None])
+        self._dismiss()
         for place in self.places:
             error = None if place.serving is None else place.serving.exception()
             if error is not None and not isinstance(error, ProcessDied):
@@ -179,6 +183,20 @@ class Replica:
         if empty:
             raise KVLost(group)
         return group
+
+    def _dismiss(self) -> None:
+        """Wait until every stage has left the group. One that is not told in time is killed: its state outlives it."""
+        assert self.runner is not None
+        limit_s = max(DISMISS_S, 3 * self.runner.step_s)
+        serving = [p.serving for p in self.places if p.serving is not None]
+        wait(serving, timeout=limit_s)
+        for index, place in enumerate(self.places):
+            if place.serving is not None and not place.serving.done():
+                log.warning(
+                    "stage %d of replica %s has not left in %.0f s: it is started again", index, self.name, limit_s
+                )
+                place.worker.kill()
+        wait(serving)
 
     def _repair(self) -> list[int]:
         dead = [i for i, place in enumerate(self.places) if not place.worker.alive or _died(place.serving)]
@@ -225,7 +243,7 @@ class Replica:
         assert runner is not None
         begun = time.perf_counter()
         runner.leave()
-        wait([p.serving for p in self.places if p.serving is not None])
+        self._dismiss()
         new = one.fresh.result()
         name, blocks = f"{self.name}-move-{next(self._epochs)}", live_blocks(runner.blocks)
         where = self._meeting.host, self._meeting.port, name

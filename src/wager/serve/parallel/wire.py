@@ -74,9 +74,9 @@ class Group:
 
     def settle(self) -> None:
         """Wait until everything posted is taken."""
-        posted, self._posted = self._posted, []
-        for work, _, to in posted:
+        for work, _, to in self._posted:
             self._end(work, to)
+        self._posted = []
 
     def receive(self, tensor: Tensor, source: int) -> Tensor:
         self._do("recv", [tensor], source)
@@ -105,10 +105,10 @@ class Group:
     def close(self) -> None:
         """Drop the connections: whoever waits for this process is told."""
         group, self._group = self._group, None
-        self._posted = []
         if group is not None:
             getattr(group, "abort", lambda: None)()
         del group
+        self._posted = []  # not before: gloo never ends a message whose memory is gone, and keeps its connection
 
     def _do(self, what: str, tensors: list[Tensor], peer: int) -> None:
         self._end(self._begin(what, tensors, peer), peer)
