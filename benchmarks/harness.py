@@ -12,7 +12,7 @@ A contender is a callable without arguments that does the work once. It returns 
 measured itself, e.g. tokens per second with `unit="tok/s", higher_is_better=True`. Engines that live in environments of their own run
 behind `benchmarks.worker.Worker`, whose calls are such callables.
 
-Records go to benchmarks/results, or below the folder that WAGER_RESULTS names.
+Records go to benchmarks/results and pictures to docs/images/results, or both below the folder that WAGER_RESULTS names.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(os.environ.get("WAGER_RESULTS") or Path(__file__).parent / "results")
-PICTURES = Path(__file__).parents[1] / "docs" / "images" / "results"
+PICTURES = RESULTS if os.environ.get("WAGER_RESULTS") else Path(__file__).parents[1] / "docs" / "images" / "results"
 BOOTSTRAP_SAMPLES = 2000
 CONFIDENCE = 0.95
 

@@ -49,13 +49,7 @@ def market(pool: pools.Pool, stock: np.ndarray | float) -> Market:
 
 def served(plan: Allocation, libraries: Sequence[Library], rates: dict[str, float]) -> float:
     """Requests/s that get both their prefill and their decoding."""
-    share = np.zeros(len(libraries))
-    for (d, _, u), n in plan.running.items():
-        share[d] += n * libraries[d].rates_U[u] / libraries[d].demand.tokens_per_s
-    both: dict[str, float] = {}
-    for lib, s in zip(libraries, share, strict=True):
-        both[lib.demand.model.name] = min(both.get(lib.demand.model.name, 1.0), float(s))
-    return sum(rates[name] * s for name, s in both.items())
+    return sum(rates[model] * share for model, share in coral_served.shares(plan, libraries).items())
 
 
 def priced(pool: pools.Pool, libraries: Sequence[Library], stock: np.ndarray | float, limit_s: float = LIMIT_S) -> dict:
@@ -260,6 +254,8 @@ def main() -> None:
         facts[part] = PARTS[part](shelf, args.quick)
     facts |= {"roofline": vars(roofline), "left_out_error": left_out}
     coral_tables.show(facts)
+    if args.quick:
+        return
     if "plenty" in facts:
         coral_tables.draw(facts["plenty"], picture_path("cluster", "coral"))
     print(f"written: {Report('cluster', 'coral', [], facts=facts).save()}")

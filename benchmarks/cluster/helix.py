@@ -172,11 +172,14 @@ def main() -> None:
         for name in args.instance or names:
             rows[name] = compare(published(args.data, name), optima[name], trace, *settings)
             facts["served"] = [rows[n] for n in names if n in rows]
-            Report("cluster", "helix", [], facts=facts).save()
+            if not args.quick:
+                Report("cluster", "helix", [], facts=facts).save()
             say(f"{name} served: {rows[name]['throughput_ratio']:.3f} times the published placement's rate")
     if args.part in ("all", "published") and not args.quick:
         facts["published_simulator"] = compared(args.data, trace)
     show(facts)
+    if args.quick:
+        return
     if len(facts.get("served", [])) == len(names):
         draw(facts, picture_path("cluster", "helix"))
     print(f"written: {Report('cluster', 'helix', [], facts=facts).save()}")

@@ -205,7 +205,8 @@ def main() -> None:
         print(f"{key}: {value}")
     if args.plot:
         plot(ours, cold, args.plot)
-    print(report.save())
+    if not quick:
+        print(report.save())
 
 
 def row(workload: str, name: str, baseline: list[float], ours: list[float]) -> Row:

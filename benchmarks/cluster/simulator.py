@@ -244,8 +244,9 @@ def main() -> None:
     quick = args.quick
     model = ensure(args.model.with_name(args.model.name + "-tiny") if quick else args.model, tiny=quick)
     facts, pictures = validate(model, args.data, *((10.0, {3: 1}) if quick else (60.0, {6: 1, 3: 1, 2: 1})), shrink=8)
-    draw(pictures, picture_path("cluster", "simulator"))
-    Report("cluster", "simulator", [], facts=facts).save()  # minutes of real time: kept whatever comes next
+    if not quick:
+        draw(pictures, picture_path("cluster", "simulator"))
+        Report("cluster", "simulator", [], facts=facts).save()  # minutes of real time: kept whatever comes next
     facts["helix"] = against_published(args.data, 120.0 if quick else 660.0)
     print(format_table([
         ["held-out minute", *MEASURES],
@@ -257,7 +258,8 @@ def main() -> None:
         f"published placement, 24 nodes, 70B, offline: {f['decode_tokens_per_s']:.1f} decode tokens/s, published {f['published']} "
         f"({f['error']:+.1%}); {f['simulated_hours_per_minute']:.1f} simulated hours a minute"
     )
-    print(f"written: {Report('cluster', 'simulator', [], facts=facts).save()}")
+    if not quick:
+        print(f"written: {Report('cluster', 'simulator', [], facts=facts).save()}")
 
 
 if __name__ == "__main__":

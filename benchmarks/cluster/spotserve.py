@@ -216,6 +216,8 @@ def main() -> None:
         if r["p99_s_without"]:
             without = ", ".join(f"{k} {v:.1f} s" for k, v in r["p99_s_without"].items())
             print(f"{label(r)}: P99 {r['p99_s'][OURS]:.1f} s; {without}")
+    if args.quick:
+        return
     draw(rows, picture_path("cluster", "spotserve"))
     print(f"written: {Report('cluster', 'spotserve', [], facts={'rows': rows}).save()}")
 

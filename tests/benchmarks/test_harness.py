@@ -1,6 +1,8 @@
 """The referee must itself be right: ratios, intervals, interleaving, files."""
 
 import json
+import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -162,3 +164,12 @@ def test_options_are_offered_where_they_are_heeded(device, repeats, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--repeats", "2"] if device else ["--device", "cpu"])
     assert "unrecognized" in capsys.readouterr().err
+
+
+def test_pictures_follow_the_records(tmp_path):
+    """A trial run leaves the pictures of the documentation alone."""
+    where = subprocess.run(
+        [sys.executable, "-c", "from benchmarks.harness import picture_path; print(picture_path('cluster', 'x'))"],
+        env={**os.environ, "WAGER_RESULTS": str(tmp_path)}, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    assert Path(where) == tmp_path / "cluster-x.svg"
